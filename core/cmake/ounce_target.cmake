@@ -1,0 +1,37 @@
+# What every target of ours is built with. One precompiled header serves all: it is built in
+# ounce_pch, and is valid only where language, definitions and code generation flags are the same,
+# so everything (programs too) is compiled with -fPIC and hidden inline visibility is left alone.
+set(OUNCE_PCH ${CMAKE_CURRENT_LIST_DIR}/../pch.h)
+
+function(ounce_configure_target target)
+  target_compile_features(${target} PUBLIC cxx_std_20)
+  set_target_properties(${target} PROPERTIES CXX_EXTENSIONS OFF CXX_STANDARD_REQUIRED ON)
+  target_compile_options(${target} PRIVATE -fPIC -Wall -Wextra -Werror)
+  target_link_libraries(${target} PUBLIC LibTorch::LibTorch)
+  target_include_directories(${target} PUBLIC
+    $<BUILD_INTERFACE:${ounce_BINARY_DIR}/include> $<INSTALL_INTERFACE:include>)
+  if(EXISTS ${ounce_SOURCE_DIR}/.deps/include)
+    target_include_directories(${target} SYSTEM PRIVATE ${ounce_SOURCE_DIR}/.deps/include)
+  endif()
+  if(OUNCE_SANITIZE)
+    target_compile_options(${target} PRIVATE -fsanitize=${OUNCE_SANITIZE} -fno-omit-frame-pointer -g)
+    target_link_options(${target} PUBLIC -fsanitize=${OUNCE_SANITIZE})
+  endif()
+  if(TARGET ounce_pch AND NOT target STREQUAL ounce_pch)
+    target_precompile_headers(${target} REUSE_FROM ounce_pch)
+  endif()
+endfunction()
+
+function(ounce_add_library name)
+  if(NOT TARGET ounce_pch)
+    file(WRITE ${ounce_BINARY_DIR}/pch.cpp "// Carries the precompiled header.\n")
+    add_library(ounce_pch OBJECT ${ounce_BINARY_DIR}/pch.cpp)
+    ounce_configure_target(ounce_pch)
+    target_precompile_headers(ounce_pch PRIVATE ${OUNCE_PCH})
+  endif()
+  add_library(${name} SHARED ${ARGN})
+  add_library(ounce::${name} ALIAS ${name})
+  ounce_configure_target(${name})
+  # Registration happens in initialisers of these libraries: keep them although nothing refers to them.
+  target_link_options(${name} INTERFACE "LINKER:--no-as-needed")
+endfunction()
