@@ -28,8 +28,20 @@ struct Result {
   std::vector<Tensor> grads;  // of q, k, v, g and h0 when defined
 };
 
-// sum(a b) without the NaN of inf * 0 being hidden.
-Tensor dot(const Tensor& a, const Tensor& b) { return (a * b).sum(); }
+Tensor weighted_sum(const Tensor& a, const Tensor& b) { return (a * b).sum(); }
+
+// Zeros where the loss does not depend on an input.
+std::vector<Tensor> gradients(const Tensor& loss, const std::vector<Tensor>& inputs) {
+  std::vector<Tensor> grads(inputs.size());
+  if (loss.requires_grad()) {
+    const std::vector<Tensor> losses{loss};
+    grads = torch::autograd::grad(losses, inputs, {}, {}, false, /*allow_unused=*/true);
+  }
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (!grads[i].defined()) grads[i] = at::zeros_like(inputs[i]);
+  }
+  return grads;
+}
 
 // The definition, written out in fp64 for one sequence: q [t, H, K], g log decays, h0 [H, K, V].
 std::pair<Tensor, Tensor> recurrence(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
@@ -88,13 +100,10 @@ Result oracle(const Call& c, const Tensor& d_o, const Tensor& d_ht) {
     r.o = at::stack(o);
   }
   r.ht = at::stack(ht);
-  auto loss = dot(r.o, d_o.to(at::kDouble));
-  if (d_ht.defined()) loss = loss + dot(r.ht, d_ht.to(at::kDouble));
+  auto loss = weighted_sum(r.o, d_o.to(at::kDouble));
+  if (d_ht.defined()) loss = loss + weighted_sum(r.ht, d_ht.to(at::kDouble));
   std::vector<Tensor> wanted(leaves.begin(), leaves.end() - (c.h0.defined() ? 0 : 1));
-  for (auto& d : torch::autograd::grad({loss}, wanted, {}, {}, false, /*allow_unused=*/true)) {
-    const auto& x = wanted[r.grads.size()];
-    r.grads.push_back(d.defined() ? d : at::zeros_like(x));
-  }
+  r.grads = gradients(loss, wanted);
   return r;
 }
 
@@ -109,11 +118,9 @@ Result run(Function f, const Call& c, const Tensor& d_o, const Tensor& d_ht) {
   Result r;
   std::tie(r.o, r.ht) = f(leaves[0], leaves[1], leaves[2], leaves[3],
                           c.h0.defined() ? opt(leaves[4]) : std::nullopt, opt(c.cu), c.options);
-  auto loss = dot(r.o, d_o.to(r.o.scalar_type()));
-  if (d_ht.defined()) loss = loss + dot(r.ht, d_ht);
-  for (auto& d : torch::autograd::grad({loss}, leaves, {}, {}, false, true)) {
-    r.grads.push_back(d.defined() ? d : at::zeros_like(leaves[r.grads.size()]));
-  }
+  auto loss = weighted_sum(r.o, d_o.to(r.o.scalar_type()));
+  if (d_ht.defined()) loss = loss + weighted_sum(r.ht, d_ht);
+  r.grads = gradients(loss, leaves);
   return r;
 }
 
@@ -190,7 +197,9 @@ TEST_F(Gla, EveryGateStrength) {
     auto c = make(2, 130, 2, 16, 8, normalizer);
     expect_close(ounce::chunk_gla, c, kExact, "normalizer " + std::to_string(normalizer));
     for (auto* x : {&c.q, &c.k, &c.v, &c.g, &c.h0}) *x = x->to(at::kFloat);
-    expect_close(ounce::chunk_gla, c, 5e-6, "fp32 normalizer " + std::to_string(normalizer));
+    // With decays near 0 the gradient of most gates is a rounding error of sums of order 1.
+    expect_close(ounce::chunk_gla, c, normalizer < 0.1 ? 2e-5 : 2e-6,
+                 "fp32 normalizer " + std::to_string(normalizer));
   }
   auto c = make(1, 100, 1, 8, 8, 1);
   c.g.zero_();
@@ -199,7 +208,7 @@ TEST_F(Gla, EveryGateStrength) {
   c.g.select(3, 2).fill_(-300);
   expect_close(ounce::chunk_gla, c, kExact, "one extreme channel");
   for (auto* x : {&c.q, &c.k, &c.v, &c.g, &c.h0}) *x = x->to(at::kFloat);
-  expect_close(ounce::chunk_gla, c, 5e-6, "fp32 one extreme channel");
+  expect_close(ounce::chunk_gla, c, 2e-6, "fp32 one extreme channel");
 }
 
 TEST_F(Gla, ResetsEqualSeparateSequences) {
@@ -209,7 +218,7 @@ TEST_F(Gla, ResetsEqualSeparateSequences) {
     for (size_t i = 1; i + 1 < starts.size(); ++i) c.g.select(1, starts[i]).fill_(reset);
     const auto d_o = at::randn({1, 150, 2, 12});
     const auto whole = run(ounce::chunk_gla, c, d_o, {});
-    expect_close(ounce::chunk_gla, c, 5e-6, "fp32 resets");
+    expect_close(ounce::chunk_gla, c, 2e-6, "fp32 resets");
     for (size_t i = 0; i + 1 < starts.size(); ++i) {
       auto part = [&](const Tensor& x) { return x.slice(1, starts[i], starts[i + 1]); };
       Call p{part(c.q), part(c.k), part(c.v), part(c.g), {}, {}, {}};
@@ -218,7 +227,8 @@ TEST_F(Gla, ResetsEqualSeparateSequences) {
       for (int j = 0; j < 3; ++j) {
         EXPECT_LE(error(part(whole.grads[j]), alone.grads[j].to(at::kDouble)), 1e-6) << j;
       }
-      if (i > 0) EXPECT_EQ(part(whole.grads[3]).select(1, 0).abs().max().item<double>(), 0);
+      const auto d_reset = part(whole.grads[3]).select(1, 0);
+      EXPECT_TRUE(i == 0 || d_reset.abs().max().item<double>() == 0);
     }
   }
 }
@@ -337,7 +347,7 @@ TEST_F(Gla, NumericGradients) {
   const auto got = run(ounce::chunk_gla, c, d_o, d_ht);
   auto loss = [&] {
     const auto [o, ht] = ounce::chunk_gla(c.q, c.k, c.v, c.g, c.h0, {}, c.options);
-    return (dot(o, d_o) + dot(ht, d_ht)).item<double>();
+    return (weighted_sum(o, d_o) + weighted_sum(ht, d_ht)).item<double>();
   };
   size_t index = 0;
   for (const auto& x : {c.q, c.k, c.v, c.g, c.h0}) {
@@ -369,9 +379,10 @@ TEST_F(Gla, SixteenBitInputs) {
 
 TEST_F(Gla, DoubleBackwardIsRefused) {
   auto c = make(1, 5, 1, 4, 4, 1, at::kDouble, false);
-  const auto q = c.q.requires_grad_();
+  const auto q = c.q.set_requires_grad(true);
   const auto o = std::get<0>(ounce::chunk_gla(q, c.k, c.v, c.g));
-  const auto d = torch::autograd::grad({o.square().sum()}, {q}, {}, {}, /*create_graph=*/true)[0];
+  const std::vector<Tensor> losses{o.square().sum()}, inputs{q};
+  const auto d = torch::autograd::grad(losses, inputs, {}, {}, /*create_graph=*/true)[0];
   try {
     d.sum().backward();
     FAIL() << "second derivative went through";
