@@ -335,10 +335,10 @@ std::string Options::to_toml() const {
   // Plain values first, then one section a table: TOML reads it back as the same options.
   std::string result;
   for (const auto& [key, value] : items_) {
-    if (!value.is_table() || is_part(value)) result += key + " = " + value.to_toml() + "\n";
+    if (!value.is_table()) result += key + " = " + value.to_toml() + "\n";
   }
   for (const auto& [key, value] : items_) {
-    if (!value.is_table() || is_part(value)) continue;
+    if (!value.is_table()) continue;
     if (!result.empty()) result += "\n";
     result += "[" + key + "]\n";
     for (const auto& [inner, inner_value] : value.table().items()) {
