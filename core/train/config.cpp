@@ -104,7 +104,8 @@ Options complete_section(const Section& section, const Options& given, const Opt
   }
   if (!part.contains("name")) part.set("name", *defaults.find("name"));
   Options result = registry_store(section.kind).resolve(part, section.name).table();
-  for (const auto& [key, value] : loop.over(loop_defaults, section.name).items()) {
+  const auto completed = loop.over(loop_defaults, section.name);
+  for (const auto& [key, value] : completed.items()) {
     result.set(key, key == "schedule" ? registry_store("schedule").resolve(value, "optimizer.schedule")
                                       : value);
   }
