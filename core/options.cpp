@@ -318,6 +318,10 @@ Options Options::over(const Options& defaults, std::string_view where) const {
       result.set(key, value);
       continue;
     }
+    if (standard->is_array() && standard->array().empty() && value.is_text()) {
+      result.set(key, Value::Array{value});
+      continue;
+    }
     OUNCE_CHECK(same_type(value, *standard), "[config] '", key, "' in ", where, ": expected ",
                 standard->type_name(), ", got ", value.to_toml());
     if (standard->is_table() && !standard->table().empty()) {
