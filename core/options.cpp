@@ -338,6 +338,10 @@ Options Options::over(const Options& defaults, std::string_view where) const {
       result.set(key, value);
       continue;
     }
+    if (standard->is_array() && standard->array().empty() && value.is_text()) {
+      result.set(key, Value::Array{value});
+      continue;
+    }
     OUNCE_CHECK(same_type(value, *standard), "[config] '", key, "' in ", where, ": expected ",
                 standard->type_name(), ", got ", value.to_toml());
     if (standard->is_table() && !standard->table().empty()) {
@@ -355,10 +359,11 @@ std::string Options::to_toml() const {
   // Plain values first, then one section a table: TOML reads it back as the same options.
   std::string result;
   for (const auto& [key, value] : items_) {
-    if (!value.is_table() || is_part(value)) result += toml_key(key) + " = " + value.to_toml() + "\n";
+    if (!value.is_table()) result += toml_key(key) + " = " + value.to_toml() + "
+";
   }
   for (const auto& [key, value] : items_) {
-    if (!value.is_table() || is_part(value)) continue;
+    if (!value.is_table()) continue;
     if (!result.empty()) result += "\n";
     result += "[" + toml_key(key) + "]\n";
     for (const auto& [inner, inner_value] : value.table().items()) {
