@@ -359,8 +359,7 @@ std::string Options::to_toml() const {
   // Plain values first, then one section a table: TOML reads it back as the same options.
   std::string result;
   for (const auto& [key, value] : items_) {
-    if (!value.is_table()) result += toml_key(key) + " = " + value.to_toml() + "
-";
+    if (!value.is_table()) result += toml_key(key) + " = " + value.to_toml() + "\n";
   }
   for (const auto& [key, value] : items_) {
     if (!value.is_table()) continue;
