@@ -95,7 +95,8 @@ class Options {
   // an integer). `where` names the place in errors. A default that is an empty array or an empty
   // table takes anything of that type, an empty array also a string, as an array of it. A default
   // that is a part (a table with the key `name`) takes a name, a table with a name, or an array of
-  // those, and is left for the registry to resolve.
+  // those, and is left for the registry to resolve; a table without a name changes settings of the
+  // default part.
   Options over(const Options& defaults, std::string_view where) const;
 
   std::string to_toml() const;

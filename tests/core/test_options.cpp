@@ -154,7 +154,10 @@ TEST(Options, PartDefaults) {
             2u);
   EXPECT_OUNCE_ERROR(parse("mixer = 3\n").over(defaults, "m"), kUsage, "expected a name");
   EXPECT_OUNCE_ERROR(parse("mixer = [3]\n").over(defaults, "m"), kUsage, "expected a name");
-  EXPECT_OUNCE_ERROR(parse("mixer = { heads = 2 }\n").over(defaults, "m"), kUsage, "expected a name");
+  // `--set model.mixer.heads=2` where the config names no mixer.
+  const auto refined = parse("mixer = { heads = 2 }\n").over(defaults, "m");
+  EXPECT_EQ(refined.text("mixer.name"), "gla");
+  EXPECT_EQ(refined.integer("mixer.heads"), 2);
 }
 
 // Text that TOML must quote, numbers at the edges, nesting that sections must not break.
