@@ -46,7 +46,9 @@ TEST(Norm, EqualsComposedInFp64) {
       y.backward(up);
       y_ref.backward(up);
       EXPECT_LE(relative_error(x.grad(), x_ref.grad()), 1e-12);
-      if (with_weight) EXPECT_LE(relative_error(w.grad(), w_ref.grad()), 1e-12);
+      if (with_weight) {
+        EXPECT_LE(relative_error(w.grad(), w_ref.grad()), 1e-12);
+      }
     }
   }
 }
@@ -75,7 +77,9 @@ TEST(Norm, AddEqualsComposedForEveryUseOfItsOutputs) {
       EXPECT_LE(relative_error(a.grad(), a_ref.grad()), 1e-12);
       EXPECT_LE(relative_error(d.grad(), d_ref.grad()), 1e-12);
       EXPECT_EQ(w.grad().defined(), use_normed);
-      if (use_normed) EXPECT_LE(relative_error(w.grad(), w_ref.grad()), 1e-12);
+      if (use_normed) {
+        EXPECT_LE(relative_error(w.grad(), w_ref.grad()), 1e-12);
+      }
     }
   }
 }
