@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 
@@ -64,6 +66,14 @@ std::string toml_string(std::string_view text) {
     }
   }
   return result + '"';
+}
+
+std::string toml_key(const std::string& key) {
+  const auto bare = [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' ||
+           c == '-';
+  };
+  return std::all_of(key.begin(), key.end(), bare) ? key : toml_string(key);
 }
 
 std::string number_toml(double number) {
@@ -166,7 +176,7 @@ std::string Value::to_toml() const {
     return result + "]";
   }
   for (const auto& [key, value] : table().items()) {
-    result += separator + key + " = " + value.to_toml();
+    result += separator + toml_key(key) + " = " + value.to_toml();
     separator = ", ";
   }
   return result + " }";
@@ -190,14 +200,19 @@ Options Options::read_file(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::ostringstream content;
   if (file) content << file.rdbuf();
-  OUNCE_CHECK_AS(Fault::kData, file.good() || file.eof(), "[config] cannot read '", path, "'");
+  // A folder opens as a file and reads as nothing.
+  OUNCE_CHECK_AS(Fault::kData, file && !std::filesystem::is_directory(path), "[config] cannot read '",
+                 path, "'");
   return parse(content.str(), path);
 }
 
 Value Options::parse_value(std::string_view text) {
   try {
     const auto table = toml::parse("value = " + std::string(text));
-    if (table.size() == 1) return from_node(*table.get("value"), "--set");
+    const auto* node = table.get("value");
+    if (table.size() == 1 && !node->is_date() && !node->is_time() && !node->is_date_time()) {
+      return from_node(*node, "--set");
+    }
   } catch (const toml::parse_error&) {
   }
   return std::string(text);
@@ -311,11 +326,20 @@ Options Options::over(const Options& defaults, std::string_view where) const {
     OUNCE_CHECK(standard != nullptr, "[config] unknown key '", key, "' in ", where,
                 nearest_hint(key, known));
     if (is_part(*standard)) {
+      if (value.is_table() && !is_part(value)) {
+        auto refined = standard->table();
+        for (const auto& [inner, inner_value] : value.table().items()) refined.set(inner, inner_value);
+        result.set(key, refined);
+        continue;
+      }
       OUNCE_CHECK(is_part_spec(value), "[config] '", key, "' in ", where,
                   ": expected a name, a table with a name, or an array of those, got ",
                   value.to_toml());
-      // A table without a name refines the default part.
       result.set(key, value);
+      continue;
+    }
+    if (standard->is_array() && standard->array().empty() && value.is_text()) {
+      result.set(key, Value::Array{value});
       continue;
     }
     OUNCE_CHECK(same_type(value, *standard), "[config] '", key, "' in ", where, ": expected ",
@@ -335,14 +359,14 @@ std::string Options::to_toml() const {
   // Plain values first, then one section a table: TOML reads it back as the same options.
   std::string result;
   for (const auto& [key, value] : items_) {
-    if (!value.is_table() || is_part(value)) result += key + " = " + value.to_toml() + "\n";
+    if (!value.is_table()) result += toml_key(key) + " = " + value.to_toml() + "\n";
   }
   for (const auto& [key, value] : items_) {
-    if (!value.is_table() || is_part(value)) continue;
+    if (!value.is_table()) continue;
     if (!result.empty()) result += "\n";
-    result += "[" + key + "]\n";
+    result += "[" + toml_key(key) + "]\n";
     for (const auto& [inner, inner_value] : value.table().items()) {
-      result += inner + " = " + inner_value.to_toml() + "\n";
+      result += toml_key(inner) + " = " + inner_value.to_toml() + "\n";
     }
   }
   return result;

@@ -93,8 +93,10 @@ class Options {
 
   // These options laid over `defaults`: every key must exist there with the same type (a number takes
   // an integer). `where` names the place in errors. A default that is an empty array or an empty
-  // table takes anything of that type. A default that is a part (a table with the key `name`) takes
-  // a name, a table with a name, or an array of those, and is left for the registry to resolve.
+  // table takes anything of that type, an empty array also a string, as an array of it. A default
+  // that is a part (a table with the key `name`) takes a name, a table with a name, or an array of
+  // those, and is left for the registry to resolve; a table without a name changes settings of the
+  // default part.
   Options over(const Options& defaults, std::string_view where) const;
 
   std::string to_toml() const;

@@ -23,6 +23,13 @@ void RegistryStore::add(EntryInfo info, Factory factory) {
   auto defaults = Options::parse(info.defaults, kind_ + " '" + info.name + "'");
   OUNCE_CHECK(!defaults.contains("name"), "[registry] ", kind_, " '", info.name,
               "': the key 'name' is taken by the registry");
+  for (const auto& [key, kind] : info.parts) {
+    const auto* part = defaults.find(key);
+    OUNCE_CHECK(part != nullptr, "[registry] ", kind_, " '", info.name, "': the part '", key,
+                "' has no default");
+    // A name alone is a table that holds it: over() knows parts by their tables.
+    if (part->is_text()) defaults.set(key + ".name", part->text());
+  }
   entries_.push_back({std::move(info), std::move(defaults), std::move(factory)});
 }
 

@@ -30,6 +30,7 @@ struct EntryInfo {
   std::string doc;       // one line
   std::string defaults;  // TOML, printed as it is by `ounce modules`: write comments in it
   // Keys whose values are parts themselves, with the kind that resolves each: {{"mixer", "mixer"}}.
+  // Each needs a default.
   std::vector<std::pair<std::string, std::string>> parts = {};
 };
 

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace ounce::data {
@@ -45,6 +46,8 @@ class Dataset : public Stateful {
   virtual int64_t valid_batches() const = 0;
   virtual Batch valid_batch(int64_t index) const = 0;
 
+  // The token that ends a document, also a start for samples without a prompt; -1 = none.
+  virtual int64_t document_end() const { return -1; }
   virtual std::vector<int64_t> encode(const std::string& text) const = 0;
   // Bytes; may be cut in the middle of a UTF-8 character at the ends.
   virtual std::string decode(const std::vector<int64_t>& tokens) const = 0;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <ounce/core/check.h>
+#include <ounce/core/nn/construction.h>
 #include <ounce/core/nn/embedding.h>
 #include <ounce/core/nn/forward_context.h>
 #include <ounce/core/nn/linear.h>
@@ -12,7 +13,16 @@ namespace ounce::nn {
 
 namespace {
 thread_local ForwardContext* current_context = nullptr;
+thread_local at::TensorOptions current_options = at::TensorOptions(at::kFloat).device(at::kCPU);
+}  // namespace
+
+at::TensorOptions construction_options() { return current_options; }
+
+ConstructionGuard::ConstructionGuard(at::TensorOptions options) : previous_(current_options) {
+  current_options = options;
 }
+
+ConstructionGuard::~ConstructionGuard() { current_options = previous_; }
 
 ForwardContext* ForwardContext::current() { return current_context; }
 
@@ -24,8 +34,8 @@ ForwardContextGuard::~ForwardContextGuard() { current_context = previous_; }
 
 LinearImpl::LinearImpl(int64_t in, int64_t out, bool with_bias, double std) {
   OUNCE_CHECK(in > 0 && out > 0, "[Linear] expected positive sizes, got in = ", in, ", out = ", out);
-  weight = register_parameter("weight", torch::empty({out, in}));
-  bias = register_parameter("bias", with_bias ? torch::zeros({out}) : at::Tensor());
+  weight = register_parameter("weight", torch::empty({out, in}, construction_options()));
+  bias = register_parameter("bias", with_bias ? torch::zeros({out}, construction_options()) : at::Tensor());
   torch::NoGradGuard no_grad;
   weight.normal_(0, std < 0 ? 1 / std::sqrt(static_cast<double>(in)) : std);
 }
@@ -46,7 +56,7 @@ double LinearImpl::flops(int64_t tokens) const {
 EmbeddingImpl::EmbeddingImpl(int64_t count, int64_t dim, double std) {
   OUNCE_CHECK(count > 0 && dim > 0, "[Embedding] expected positive sizes, got count = ", count,
               ", dim = ", dim);
-  weight = register_parameter("weight", torch::empty({count, dim}));
+  weight = register_parameter("weight", torch::empty({count, dim}, construction_options()));
   torch::NoGradGuard no_grad;
   weight.normal_(0, std);
 }
@@ -63,7 +73,7 @@ at::Tensor EmbeddingImpl::plain_forward(const at::Tensor& indices) const {
 RMSNormImpl::RMSNormImpl(int64_t dim, double eps_) : eps(eps_) {
   OUNCE_CHECK(dim > 0, "[RMSNorm] expected a positive size, got ", dim);
   OUNCE_CHECK(eps > 0, "[RMSNorm] expected eps > 0, got ", eps);
-  weight = register_parameter("weight", torch::ones({dim}));
+  weight = register_parameter("weight", torch::ones({dim}, construction_options()));
 }
 
 at::Tensor RMSNormImpl::forward(const at::Tensor& x) {

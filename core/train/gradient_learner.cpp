@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/core/autocast.h>
+#include <ounce/core/check.h>
+#include <ounce/core/device.h>
+#include <ounce/core/registry.h>
+#include <ounce/core/train/learner.h>
+#include <ounce/optim/clip.h>
+#include <ounce/optim/named_optimizer.h>
+#include <torch/torch.h>
+
+namespace ounce {
+
+namespace {
+
+// Backpropagation, global norm clipping, and a step of the configured optimizer.
+class GradientLearner : public Learner {
+ public:
+  GradientLearner(const Options& options, const Context& context)
+      : model_(context.model),
+        device_(context.device),
+        compute_(context.compute),
+        clip_(options.number_in("clip", 0, 1e30)) {
+    parameters_ = optim::named_parameters(*model_);
+    optimizer_ = registry<optim::NamedOptimizer>().make(context.optimizer, {parameters_});
+    for (const auto& [name, parameter] : parameters_) tensors_.push_back(parameter);
+  }
+
+  StepReport step(const std::vector<data::Batch>& micro_batches,
+                  const StepControl& control) override {
+    int64_t counted = 0;
+    for (const auto& batch : micro_batches) counted += batch.counted;
+    model_->train();
+    optimizer_->zero_grad();
+    at::Tensor total;
+    for (const auto& batch : micro_batches) {
+      const auto loss = forward(to_device(batch, device_));
+      backward(loss / static_cast<double>(std::max<int64_t>(counted, 1)));
+      total = total.defined() ? total + loss.detach() : loss.detach();
+    }
+    const ProfileRange range("optimizer");
+    const torch::NoGradGuard no_grad;
+    std::vector<at::Tensor> gradients;
+    for (const auto& tensor : tensors_) gradients.push_back(tensor.grad());
+    const auto clip = optim::clip_by_norm(gradients, clip_);
+    auto update = control;
+    update.grad_scale = clip.scale;
+    update.skip = at::logical_or(clip.found_inf, at::isfinite(total).logical_not()).to(at::kFloat);
+    optimizer_->step(update);
+    return {total / static_cast<double>(std::max<int64_t>(counted, 1)), clip.norm, update.skip};
+  }
+
+  at::Tensor evaluate(const data::Batch& batch) override {
+    const torch::NoGradGuard no_grad;
+    model_->eval();
+    const auto loss = forward(to_device(batch, device_));
+    model_->train();
+    return loss;
+  }
+
+  int64_t probe(const data::Batch& micro_batch) override {
+    model_->train();
+    const auto batch = to_device(micro_batch, device_);
+    const auto before = memory_use(device_).current;
+    int64_t activations = 0;
+    {
+      at::Tensor loss;
+      {
+        const AutocastGuard autocast(device_.type(), compute_);
+        SequenceContext context{batch.cu_seqlens, batch.positions, nullptr};
+        const auto hidden = model_->hidden(batch.tokens, context);
+        activations = memory_use(device_).current - before;
+        loss = model_->loss_sum(hidden, batch.targets);
+      }
+      loss.backward();
+    }
+    synchronize(device_);
+    optimizer_->zero_grad();
+    return activations;
+  }
+
+  StateBytes state_bytes() const override {
+    StateBytes bytes;
+    for (const auto& tensor : tensors_) bytes.weights += static_cast<int64_t>(tensor.nbytes());
+    bytes.gradients = bytes.weights;
+    bytes.optimizer = optimizer_->state_bytes();
+    return bytes;
+  }
+
+  double flops(int64_t batch, int64_t length) const override {
+    return 3 * model_->flops(batch, length);
+  }
+
+  void visit_state(StateVisitor& visitor) override {
+    {
+      const auto scope = visitor.scope("model");
+      visit_module(*model_, visitor);
+    }
+    const auto scope = visitor.scope("optim");
+    optimizer_->visit_state(visitor);
+  }
+
+ private:
+  at::Tensor forward(const data::Batch& batch) {
+    const ProfileRange range("forward");
+    const AutocastGuard autocast(device_.type(), compute_);
+    SequenceContext context{batch.cu_seqlens, batch.positions, nullptr};
+    return model_->loss_sum(model_->hidden(batch.tokens, context), batch.targets);
+  }
+
+  static void backward(const at::Tensor& loss) {
+    const ProfileRange range("backward");
+    loss.backward();
+  }
+
+  std::shared_ptr<Model> model_;
+  at::Device device_;
+  at::ScalarType compute_;
+  double clip_;
+  optim::NamedParameters parameters_;
+  std::vector<at::Tensor> tensors_;
+  std::shared_ptr<optim::NamedOptimizer> optimizer_;
+};
+
+}  // namespace
+
+data::Batch slice_rows(const data::Batch& batch, int64_t begin, int64_t end) {
+  data::Batch part;
+  part.tokens = batch.tokens.slice(0, begin, end);
+  part.targets = batch.targets.slice(0, begin, end);
+  part.counted = part.targets.ne(data::kIgnoredTarget).sum().item<int64_t>();
+  if (batch.cu_seqlens.defined()) {
+    const auto length = batch.tokens.size(1);
+    const auto& bounds = batch.cu_seqlens;
+    const auto inside = bounds.ge(begin * length).logical_and(bounds.le(end * length));
+    part.cu_seqlens = bounds.masked_select(inside) - static_cast<int>(begin * length);
+    part.positions = batch.positions.slice(0, begin, end);
+  }
+  return part;
+}
+
+data::Batch to_device(const data::Batch& batch, at::Device device) {
+  const auto move = [&](const at::Tensor& tensor) {
+    if (!tensor.defined() || tensor.device() == device) return tensor;
+    return tensor.contiguous().pin_memory().to(device, /*non_blocking=*/true);
+  };
+  return {move(batch.tokens), move(batch.targets), move(batch.cu_seqlens), move(batch.positions),
+          batch.counted};
+}
+
+void register_learners() {
+  registry<Learner>().add(
+      {.name = "gradient",
+       .doc = "backpropagation, clipping by global norm, and the configured optimizer",
+       .defaults = "clip = 1.0   # largest global gradient norm; 0 = no clipping\n"},
+      [](const Options& options, const Learner::Context& context) {
+        return std::make_shared<GradientLearner>(options, context);
+      });
+}
+
+}  // namespace ounce

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/core/device.h>
+#include <ounce/core/train/format.h>
+#include <ounce/core/train/memory_plan.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+
+namespace ounce {
+
+namespace {
+
+struct Probe {
+  int64_t rows, activations, extra;
+};
+
+Probe probe(Learner& learner, const data::Batch& batch, int64_t rows, at::Device device) {
+  synchronize(device);
+  reset_peak_memory(device);
+  const auto before = memory_use(device).current;
+  const auto activations = learner.probe(slice_rows(batch, 0, rows));
+  return {rows, activations, memory_use(device).peak - before};
+}
+
+int64_t extrapolate(int64_t a, int64_t b, const Probe& first, const Probe& second, int64_t rows) {
+  if (first.rows == second.rows) return b;
+  const double slope = static_cast<double>(b - a) / static_cast<double>(second.rows - first.rows);
+  return b + static_cast<int64_t>(slope * static_cast<double>(rows - second.rows));
+}
+
+}  // namespace
+
+int64_t MemoryPlan::loss_and_workspace() const {
+  return std::max<int64_t>(
+      0, peak - state.weights - state.gradients - state.optimizer - activations);
+}
+
+std::vector<std::string> MemoryPlan::table() const {
+  const auto line = [](const char* purpose, int64_t bytes) {
+    auto text = std::string(purpose);
+    text.resize(20, ' ');
+    const auto amount = format_bytes(bytes);
+    return "  " + text + std::string(amount.size() < 10 ? 10 - amount.size() : 0, ' ') + amount;
+  };
+  return {line("weights", state.weights),       line("gradients", state.gradients),
+          line("optimizer", state.optimizer),   line("activations", activations),
+          line("loss, workspace", loss_and_workspace()),
+          line("peak (predicted)", peak),       line("free beyond it", free)};
+}
+
+std::vector<std::string> MemoryPlan::remedies(int64_t accumulate) const {
+  const auto more = std::to_string(accumulate * 2);
+  return {"--set data.accumulate=" + more + " saves about " + format_bytes(activations / 2) +
+              ", the result is the same",
+          "--set model.recompute=block keeps block boundaries instead of " +
+              format_bytes(activations) + " of activations, for a third more compute",
+          "--set data.batch=... or data.sequence=... : activations shrink in proportion"};
+}
+
+MemoryPlan measure_memory_plan(Learner& learner, const data::Batch& batch, at::Device device) {
+  const auto rows = batch.tokens.size(0);
+  // The first pass allocates what stays (library workspaces); it is not a measurement.
+  probe(learner, batch, 1, device);
+  const auto base = memory_use(device).current;
+  const auto first = probe(learner, batch, std::max<int64_t>(1, rows / 4), device);
+  const auto second =
+      probe(learner, batch, rows < 4 ? rows : std::max<int64_t>(1, rows / 2), device);
+  MemoryPlan plan;
+  plan.state = learner.state_bytes();
+  plan.activations =
+      extrapolate(first.activations, second.activations, first, second, rows);
+  plan.peak = base + std::max(extrapolate(first.extra, second.extra, first, second, rows),
+                              plan.state.gradients);
+  const auto facts = device_facts(device);
+  plan.total = facts.total_bytes;
+  plan.free = facts.free_bytes + base - plan.peak;
+  reset_peak_memory(device);
+  return plan;
+}
+
+}  // namespace ounce

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/core/check.h>
+#include <ounce/core/train/run_folder.h>
+
+#include <charconv>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+
+namespace ounce {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+constexpr const char* kRuns = "runs";
+
+// n of "<name>-<n>", or -1.
+int64_t run_number(const std::string& folder, const std::string& name) {
+  if (!folder.starts_with(name + "-")) return -1;
+  const auto digits = folder.substr(name.size() + 1);
+  int64_t number = -1;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), number);
+  return error == std::errc() && end == digits.data() + digits.size() ? number : -1;
+}
+
+int64_t last_run(const std::string& name) {
+  int64_t last = 0;
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(kRuns, error)) {
+    last = std::max(last, run_number(entry.path().filename().string(), name));
+  }
+  return last;
+}
+
+void make_folder(const fs::path& path) {
+  std::error_code error;
+  fs::create_directories(path, error);
+  OUNCE_CHECK_AS(Fault::kData, !error, "[run] cannot make the folder '", path.string(),
+                 "': ", error.message());
+}
+
+}  // namespace
+
+RunFolder RunFolder::create(const std::string& path, const std::string& name,
+                            const Options& config) {
+  auto chosen = path;
+  if (chosen.empty()) {
+    make_folder(kRuns);
+    auto number = last_run(name);
+    std::error_code error;
+    do {
+      chosen = std::string(kRuns) + "/" + name + "-" + std::to_string(++number);
+    } while (!fs::create_directory(chosen, error) && !error);
+    OUNCE_CHECK_AS(Fault::kData, !error, "[run] cannot make '", chosen, "': ", error.message());
+  } else if (fs::exists(chosen)) {
+    OUNCE_CHECK(fs::is_directory(chosen), "[run] --out '", chosen, "' is a file");
+    OUNCE_CHECK(!fs::exists(fs::path(chosen) / "config.toml"), "[run] '", chosen,
+                "' holds another run; add --resume auto to go on with it, or choose another --out");
+    OUNCE_CHECK(fs::is_empty(chosen), "[run] '", chosen,
+                "' is not empty and not a run; choose another --out");
+  } else {
+    make_folder(chosen);
+  }
+  RunFolder folder(chosen);
+  folder.write_config(config);
+  return folder;
+}
+
+RunFolder RunFolder::open(const std::string& path) {
+  OUNCE_CHECK_AS(Fault::kNotFound, fs::exists(fs::path(path) / "config.toml"), "[run] '", path,
+                 "' is not a run folder: it has no config.toml");
+  return RunFolder(path);
+}
+
+RunFolder RunFolder::newest(const std::string& name) {
+  const auto number = last_run(name);
+  OUNCE_CHECK_AS(Fault::kNotFound, number > 0, "[run] there is no ", kRuns, "/", name,
+                 "-<n> to resume; start one without --resume");
+  return open(std::string(kRuns) + "/" + name + "-" + std::to_string(number));
+}
+
+Options RunFolder::config() const { return Options::read_file(file("config.toml")); }
+
+void RunFolder::write_config(const Options& config) const {
+  const auto temporary = file("config.toml.tmp");
+  {
+    std::ofstream out(temporary, std::ios::binary | std::ios::trunc);
+    out << config.to_toml();
+    out.flush();
+    OUNCE_CHECK_AS(Fault::kData, out.good(), "[run] cannot write '", temporary,
+                   "': ", std::strerror(errno));
+  }
+  std::error_code error;
+  fs::rename(temporary, file("config.toml"), error);
+  OUNCE_CHECK_AS(Fault::kData, !error, "[run] cannot write '", file("config.toml"),
+                 "': ", error.message());
+}
+
+std::string RunFolder::checkpoints(const Options& config) const {
+  const auto& level = config.find("checkpoint.levels")->array().at(0).table();
+  const fs::path path = level.text("path");
+  return path.is_absolute() ? path.string() : (fs::path(path_) / path).string();
+}
+
+}  // namespace ounce

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: MIT
+// The folder of one run: config.toml metrics.jsonl events.out.tfevents.* ckpt/ samples.txt
+#pragma once
+
+#include <ounce/core/options.h>
+
+#include <string>
+
+namespace ounce {
+
+class RunFolder {
+ public:
+  // A new folder: `path`, or the first free runs/<name>-<n> when it is empty. A folder that holds
+  // anything is Fault::kUsage: nothing is overwritten. Writes config.toml.
+  static RunFolder create(const std::string& path, const std::string& name, const Options& config);
+  // An existing run. Without config.toml: Fault::kNotFound.
+  static RunFolder open(const std::string& path);
+  // The newest runs/<name>-<n>; none: Fault::kNotFound.
+  static RunFolder newest(const std::string& name);
+
+  const std::string& path() const { return path_; }
+  std::string file(const std::string& name) const { return path_ + "/" + name; }
+  Options config() const;
+  // Replaces config.toml in one step (a resumed run may change intervals).
+  void write_config(const Options& config) const;
+  // The folder of the checkpoints: the first level's path, below the run unless absolute.
+  std::string checkpoints(const Options& config) const;
+
+ private:
+  explicit RunFolder(std::string path) : path_(std::move(path)) {}
+
+  std::string path_;
+};
+
+}  // namespace ounce

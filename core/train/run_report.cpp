@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/core/device.h>
+#include <ounce/core/train/format.h>
+#include <ounce/core/train/run_report.h>
+#include <torch/torch.h>
+
+#include <cmath>
+#include <cstdio>
+
+namespace ounce {
+
+namespace {
+
+std::string fixed(double value, int digits) {
+  char buffer[64];
+  std::snprintf(buffer, sizeof buffer, "%.*f", digits, value);
+  return buffer;
+}
+
+int64_t parameter_count(const Model& model) {
+  int64_t count = 0;
+  for (const auto& parameter : model.parameters()) count += parameter.numel();
+  return count;
+}
+
+// Length of the valid UTF-8 sequence at `i`, or 0.
+size_t utf8_length(const std::string& s, size_t i) {
+  const auto byte = static_cast<unsigned char>(s[i]);
+  const size_t length = byte < 0x80 ? 1 : byte >= 0xf0 && byte < 0xf5 ? 4 : byte >= 0xe0 ? 3 : 2;
+  if (byte >= 0x80 && (byte < 0xc2 || byte > 0xf4)) return 0;
+  if (i + length > s.size()) return 0;
+  for (size_t k = 1; k < length; ++k) {
+    if ((static_cast<unsigned char>(s[i + k]) & 0xc0) != 0x80) return 0;
+  }
+  return length;
+}
+
+}  // namespace
+
+std::vector<std::string> start_block(const Session& session, const std::optional<MemoryPlan>& plan,
+                                     int64_t step, int64_t stop) {
+  const auto& config = session.config;
+  const auto facts = device_facts(session.device);
+  const auto batch = config.integer("data.batch"), length = config.integer("data.sequence");
+  std::vector<std::string> lines;
+  auto device = "device   " + session.device.str() + ": " + facts.name + ", " +
+                format_bytes(facts.total_bytes);
+  if (session.device.is_cpu()) device += ", " + std::to_string(at::get_num_threads()) + " threads";
+  if (facts.peak_bf16_flops > 0) {
+    device += ", " + fixed(facts.peak_bf16_flops / 1e12, 0) + " TFLOP/s bf16 (for MFU)";
+  }
+  lines.push_back(device);
+  lines.push_back("model    " + config.text("model.name") + ": " +
+                  format_count(parameter_count(*session.model)) + " parameters, vocabulary " +
+                  std::to_string(session.dataset->vocab_size()) + ", compute " +
+                  config.text("precision.compute"));
+  for (const auto& line : session.dataset->describe()) lines.push_back("data     " + line);
+  const auto counts = session.dataset->count_model_losses();
+  if (!counts.empty()) {
+    std::string line = "data     count models, validation nats a token:";
+    for (const auto& [name, loss] : counts) line += " " + name + " " + fixed(loss, 3);
+    lines.push_back(line);
+  }
+  lines.push_back("run      steps " + std::to_string(step) + " to " + std::to_string(stop) + " of " +
+                  std::to_string(config.integer("run.steps")) + ", " + std::to_string(batch) + " x " +
+                  std::to_string(length) + " = " + format_count(batch * length) +
+                  " tokens a step in " + std::to_string(config.integer("data.accumulate")) +
+                  " part(s), optimizer " + config.text("optimizer.name"));
+  if (plan) {
+    lines.push_back("memory");
+    for (const auto& line : plan->table()) lines.push_back(line);
+  }
+  return lines;
+}
+
+std::vector<std::string> end_block(const Session& session, const std::optional<MemoryPlan>& plan,
+                                   double valid_loss) {
+  std::vector<std::string> lines;
+  if (!std::isnan(valid_loss)) {
+    std::string line = "validation loss " + fixed(valid_loss, 4) + " nats a token";
+    for (const auto& [name, loss] : session.dataset->count_model_losses()) {
+      line += " | " + name + " " + fixed(loss, 3);
+    }
+    lines.push_back(line);
+  }
+  const auto peak = memory_use(session.device).peak;
+  if (plan && peak > 0) {
+    lines.push_back("memory: peak " + format_bytes(peak) + ", predicted " +
+                    format_bytes(plan->peak));
+  }
+  return lines;
+}
+
+std::vector<Record::Field> config_record(const Session& session,
+                                         const std::optional<MemoryPlan>& plan) {
+  const auto facts = device_facts(session.device);
+  std::vector<Record::Field> fields = {
+      {"config", session.config.to_toml()},
+      {"device", facts.name},
+      {"driver", facts.driver},
+      {"torch", std::string(TORCH_VERSION)},
+      {"parameters", parameter_count(*session.model)},
+      {"peak_flops", facts.peak_bf16_flops},
+      {"train_tokens", session.dataset->train_tokens()},
+      {"valid_tokens", session.dataset->valid_tokens()},
+      {"data", session.dataset->identity()}};
+  for (const auto& [name, loss] : session.dataset->count_model_losses()) fields.emplace_back(name, loss);
+  if (plan) {
+    fields.emplace_back("plan_weights", plan->state.weights);
+    fields.emplace_back("plan_gradients", plan->state.gradients);
+    fields.emplace_back("plan_optimizer", plan->state.optimizer);
+    fields.emplace_back("plan_activations", plan->activations);
+    fields.emplace_back("plan_peak", plan->peak);
+  }
+  return fields;
+}
+
+bool is_out_of_memory(const c10::Error& error) {
+  if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) return true;
+  return std::string(error.what_without_backtrace()).find("can't allocate memory") !=
+         std::string::npos;
+}
+
+std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
+std::string printable(const std::string& bytes) {
+  std::string result;
+  for (size_t i = 0; i < bytes.size();) {
+    const auto length = utf8_length(bytes, i);
+    const auto byte = static_cast<unsigned char>(bytes[i]);
+    if (length == 0 || (byte < 0x20 && byte != '\n' && byte != '\t') || byte == 0x7f) {
+      // A cut or broken character shows as the replacement character, once a byte.
+      result += "\xef\xbf\xbd";
+      i += 1;
+    } else {
+      result.append(bytes, i, length);
+      i += length;
+    }
+  }
+  return result;
+}
+
+}  // namespace ounce

@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/ckpt/checkpointer.h>
+#include <ounce/ckpt/init_from.h>
+#include <ounce/core/check.h>
+#include <ounce/core/device.h>
+#include <ounce/core/registry.h>
+#include <ounce/core/train/config.h>
+#include <ounce/core/train/format.h>
+#include <ounce/core/train/memory_plan.h>
+#include <ounce/core/train/run_folder.h>
+#include <ounce/core/train/run_report.h>
+#include <ounce/core/train/schedule.h>
+#include <ounce/core/train/session.h>
+#include <ounce/core/train/signals.h>
+#include <ounce/core/train/sinks.h>
+#include <ounce/core/train/step_log.h>
+#include <ounce/core/train/trainer.h>
+#include <torch/torch.h>
+
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+
+namespace ounce {
+
+namespace {
+
+constexpr int kMostSkippedInARow = 10;
+
+void refuse_many_ranks() {
+  const char* world = std::getenv("WORLD_SIZE");
+  OUNCE_CHECK(world == nullptr || std::string(world) == "1" || std::string(world).empty(),
+              "[train] WORLD_SIZE=", world, ": this version trains in one process; unset WORLD_SIZE");
+}
+
+// One generator seed for each (run, step): the randomness of a step depends on nothing before it, so
+// evaluation, samples and resuming cannot change it (splitmix64, Steele et al. 2014).
+uint64_t step_seed(uint64_t seed, int64_t step) {
+  uint64_t x = seed * 0x9e3779b97f4a7c15ULL + static_cast<uint64_t>(step) + 1;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+  return (x ^ (x >> 31)) >> 1;
+}
+
+// What the loop itself has to remember.
+struct Progress : Stateful {
+  int64_t step = 0;  // steps done
+  int64_t seed = 0;  // with `step`, the state of every generator (step_seed)
+  int64_t tokens = 0;
+  int64_t skipped_in_row = 0;
+  double best_valid_loss = std::numeric_limits<double>::infinity();
+
+  void visit_state(StateVisitor& visitor) override {
+    visitor.integer("step", step);
+    visitor.integer("generator_seed", seed);
+    visitor.integer("tokens", tokens);
+    visitor.integer("skipped_in_row", skipped_in_row);
+    visitor.number("best_valid_loss", best_valid_loss);
+  }
+};
+
+}  // namespace
+
+struct Trainer::Impl {
+  Impl(TrainerOptions options_, std::ostream& out_) : options(std::move(options_)), out(out_) {}
+
+  TrainResult run();
+
+  void open_run();
+  void resume();
+  void start();
+  void train_until(int64_t stop);
+  void finish(int64_t stop);
+  void take_step();
+  void settle();
+  void report_step(const StepNumbers& numbers);
+  void evaluate(bool final);
+  void sample();
+  void save();
+  bool due(const char* interval) const {
+    const auto every = options.config.integer(interval);
+    return every > 0 && progress.step % every == 0;
+  }
+  void say(const std::string& line) {
+    if (!options.quiet) out << line << std::endl;
+  }
+  void write(const char* type, int64_t step, std::vector<Record::Field> fields) {
+    for (const auto& sink : sinks) sink->write({type, step, fields});
+  }
+  std::vector<std::pair<std::string, Stateful*>> objects() {
+    return {{"", session->learner.get()},
+            {"state/data", session->dataset.get()},
+            {"state/train", &progress}};
+  }
+
+  TrainerOptions options;
+  std::ostream& out;
+  std::optional<RunFolder> folder;
+  std::string resume_from;  // where the checkpoint to resume lies; empty = fresh
+  std::unique_ptr<Session> session;
+  std::shared_ptr<Schedule> schedule;
+  std::unique_ptr<ckpt::Checkpointer> checkpointer;
+  std::vector<std::unique_ptr<MetricsSink>> sinks;
+  Progress progress;
+  std::optional<MemoryPlan> plan;
+  std::optional<PendingStep> pending;
+  StepClock clock;
+  int64_t lap_start = 0;  // first step of the timing lap
+  int64_t stop = 0;
+  int64_t saved_step = -1;
+  double valid_loss = std::nan("");
+};
+
+// Finds or makes the run folder and settles the config before anything expensive is built.
+void Trainer::Impl::open_run() {
+  if (options.resume == "none") {
+    if (!options.dry_run) folder = RunFolder::create(options.out, options.name, options.config);
+    return;
+  }
+  namespace fs = std::filesystem;
+  if (options.resume == "auto") {
+    folder = options.out.empty() ? RunFolder::newest(options.name) : RunFolder::open(options.out);
+    resume_from = folder->checkpoints(folder->config());
+  } else if (fs::exists(fs::path(options.resume) / "config.toml")) {
+    folder = RunFolder::open(options.resume);
+    resume_from = folder->checkpoints(folder->config());
+  } else {
+    // A checkpoint by its own path: its run goes on in --out.
+    OUNCE_CHECK(!options.out.empty(), "[train] --resume ", options.resume,
+                " is not a run folder; say with --out where the run goes on");
+    folder = fs::exists(fs::path(options.out) / "config.toml")
+                 ? RunFolder::open(options.out)
+                 : RunFolder::create(options.out, options.name, options.config);
+    resume_from = options.resume;
+  }
+  const auto changes = forbidden_changes(folder->config(), options.config);
+  if (changes.empty()) return;
+  std::string list;
+  for (const auto& change : changes) list += (list.empty() ? "" : ", ") + change;
+  fail(Fault::kUsage, "[train] '", folder->path(), "' was started with other settings (", list,
+       "); a resumed run may change only intervals, checkpoint settings and device");
+}
+
+void Trainer::Impl::resume() {
+  const auto report = ckpt::load_checkpoint(resume_from, std::nullopt, objects());
+  for (const auto& rejected : report.rejected) {
+    out << "WARNING: passed over a damaged checkpoint: " << rejected << std::endl;
+  }
+  say("resumed from " + report.info.path + " at step " + std::to_string(progress.step));
+}
+
+void Trainer::Impl::start() {
+  refuse_many_ranks();
+  const auto device = choose_device(options.device);
+  open_run();
+  session = std::make_unique<Session>(options.config, device);
+  const auto horizon = options.config.positive("run.steps");
+  schedule = registry<Schedule>().make(*options.config.find("optimizer.schedule"), {.steps = horizon});
+  progress.seed = options.config.integer("run.seed");
+  if (!options.init_from.empty()) {
+    const auto report = ckpt::load_weights(options.init_from, *session->model, options.init_map);
+    say("initial weights from " + options.init_from + ": " + report.summary());
+  }
+  if (!resume_from.empty()) resume();
+  stop = options.stop_after.value_or(horizon);
+  if (options.config.flag("run.plan") || options.dry_run) {
+    const auto rows = options.config.positive("data.batch") / options.config.positive("data.accumulate");
+    plan = measure_memory_plan(*session->learner,
+                               slice_rows(session->dataset->train_batch(0), 0, rows), device);
+  }
+  for (const auto& line : start_block(*session, plan, progress.step, stop)) say(line);
+  if (options.dry_run) return;
+  folder->write_config(options.config);
+  ckpt::CheckpointerOptions checkpoint;
+  checkpoint.root = folder->checkpoints(options.config);
+  checkpoint.keep_last = options.config.integer("checkpoint.keep_last");
+  checkpoint.keep_every = options.config.integer("checkpoint.keep_every");
+  checkpoint.keep_best = options.config.text("checkpoint.keep_best");
+  checkpointer = std::make_unique<ckpt::Checkpointer>(checkpoint);
+  if (!options.quiet) sinks.push_back(console_sink(out));
+  sinks.push_back(jsonl_sink(folder->file("metrics.jsonl"), progress.step));
+  sinks.push_back(tensorboard_sink(folder->path()));
+  write("config", progress.step, config_record(*session, plan));
+}
+
+void Trainer::Impl::take_step() {
+  const auto& config = options.config;
+  seed_everything(step_seed(static_cast<uint64_t>(progress.seed), progress.step));
+  const auto batch = session->dataset->next_train_batch();
+  const auto parts = config.integer("data.accumulate");
+  const auto rows = batch.tokens.size(0) / parts;
+  std::vector<data::Batch> micro_batches;
+  for (int64_t i = 0; i < parts; ++i) {
+    micro_batches.push_back(parts == 1 ? batch : slice_rows(batch, i * rows, (i + 1) * rows));
+  }
+  const auto lr = config.number("optimizer.lr") * schedule->factor(progress.step);
+  StepControl control;
+  control.lr = at::full({}, lr, at::TensorOptions(at::kFloat).device(session->device));
+  const auto report = session->learner->step(micro_batches, control);
+  ++progress.step;
+  progress.tokens += batch.tokens.numel();
+  // The step before this one has finished by now, or soon will: its numbers cost no waiting.
+  PendingStep next(progress.step, report);
+  settle();
+  pending.emplace(std::move(next));
+}
+
+// Reads the numbers of the step that is still in flight.
+void Trainer::Impl::settle() {
+  if (!pending) return;
+  const auto numbers = pending->wait();
+  pending.reset();
+  progress.skipped_in_row = numbers.skipped ? progress.skipped_in_row + 1 : 0;
+  if (numbers.skipped) {
+    out << "WARNING: step " << numbers.step << " was not finite (loss " << numbers.loss << ", norm "
+        << numbers.norm << "): skipped, nothing changed" << std::endl;
+    OUNCE_CHECK_AS(Fault::kProblem, progress.skipped_in_row < kMostSkippedInARow, "[train] ",
+                   kMostSkippedInARow, " steps in a row were not finite, up to step ", numbers.step,
+                   "; lower optimizer.lr, or look at the data; the last checkpoint is step ",
+                   saved_step);
+  }
+  report_step(numbers);
+}
+
+void Trainer::Impl::report_step(const StepNumbers& numbers) {
+  const bool first = lap_start == 0;
+  if (first) {
+    // The first step of a sitting pays for start-up: keep it out of the averages.
+    clock.drop();
+    lap_start = numbers.step;
+  }
+  if (numbers.step % options.config.integer("run.log_every") != 0 && numbers.step != stop && !first) {
+    return;
+  }
+  const auto& config = options.config;
+  const auto lr = config.number("optimizer.lr") * schedule->factor(numbers.step - 1);
+  std::vector<Record::Field> fields = {{"loss", numbers.loss}, {"norm", numbers.norm}, {"lr", lr}};
+  const auto steps = numbers.step - lap_start;
+  if (steps > 0) {
+    const double seconds = clock.lap() / static_cast<double>(steps);
+    const auto batch = config.integer("data.batch"), length = config.integer("data.sequence");
+    fields.emplace_back("ms", seconds * 1e3);
+    fields.emplace_back("tok_s", static_cast<double>(batch * length) / seconds);
+    const auto peak = device_facts(session->device).peak_bf16_flops;
+    if (peak > 0) fields.emplace_back("mfu", session->learner->flops(batch, length) / seconds / peak);
+    fields.emplace_back("eta_s", seconds * static_cast<double>(stop - numbers.step));
+    lap_start = numbers.step;
+  }
+  fields.emplace_back("mem", memory_use(session->device).peak);
+  fields.emplace_back("steps", stop);
+  if (saved_step >= 0) fields.emplace_back("ckpt_step", saved_step);
+  write("train", numbers.step, std::move(fields));
+}
+
+void Trainer::Impl::evaluate(bool final) {
+  settle();
+  clock.pause();
+  const auto batches =
+      options.config.integer(final ? "run.final_eval_batches" : "run.eval_batches");
+  const auto begin = std::chrono::steady_clock::now();
+  valid_loss = session->evaluate(batches);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  progress.best_valid_loss = std::fmin(progress.best_valid_loss, valid_loss);
+  if (!std::isnan(valid_loss)) {
+    write("eval", progress.step,
+          {{"val_loss", valid_loss},
+           {"best", progress.best_valid_loss},
+           {"bits", valid_loss / std::log(2.0)},
+           {"seconds", seconds.count()}});
+  }
+  clock.start();
+}
+
+void Trainer::Impl::sample() {
+  settle();
+  clock.pause();
+  const auto& config = options.config;
+  const auto text = session->sample(config.text("run.sample_prompt"),
+                                    {.tokens = config.integer("run.sample_tokens"),
+                                     .temperature = config.number("run.sample_temperature"),
+                                     .top_k = config.integer("run.sample_top_k"),
+                                     .seed = static_cast<uint64_t>(progress.seed)});
+  write("sample", progress.step, {{"text", printable(text)}});
+  std::ofstream file(folder->file("samples.txt"), std::ios::app | std::ios::binary);
+  file << "=== step " << progress.step << "\n" << text << "\n";
+  clock.start();
+}
+
+void Trainer::Impl::save() {
+  settle();
+  if (saved_step == progress.step) return;
+  clock.pause();
+  std::map<std::string, double> metrics;
+  if (std::isfinite(valid_loss)) metrics["val_loss"] = valid_loss;
+  const auto report = checkpointer->save(progress.step, objects(),
+                                         {{"config", options.config.to_toml()},
+                                          {"command", options.command},
+                                          {"torch", TORCH_VERSION}},
+                                         metrics);
+  for (const auto& warning : report.warnings) out << "WARNING: " << warning << std::endl;
+  saved_step = progress.step;
+  write("ckpt", progress.step, {{"seconds", report.seconds}, {"bytes", report.bytes}});
+  clock.start();
+}
+
+void Trainer::Impl::train_until(int64_t last) {
+  clock.start();
+  while (progress.step < last && SignalGuard::received() == nullptr) {
+    take_step();
+    const bool final = progress.step == last;
+    if (due("run.eval_every") && !final) evaluate(false);
+    if (due("run.sample_every") && !final) sample();
+    if (due("checkpoint.every") && !final) save();
+  }
+  settle();
+}
+
+TrainResult Trainer::Impl::run() {
+  const SignalGuard signals;
+  TrainResult result;
+  try {
+    start();
+    if (options.dry_run) return result;
+    train_until(stop);
+  } catch (const c10::Error& error) {
+    if (!is_out_of_memory(error)) throw;
+    if (plan) {
+      for (const auto& line : plan->table()) out << line << "\n";
+      for (const auto& line : plan->remedies(options.config.integer("data.accumulate"))) {
+        out << "  try " << line << "\n";
+      }
+    }
+    fail(Fault::kProblem, "[train] out of memory at step ", progress.step, "; ",
+         first_line(error.what_without_backtrace()));
+  }
+  result.interrupted = SignalGuard::received() != nullptr;
+  if (!result.interrupted) evaluate(true);
+  save();
+  if (!result.interrupted && options.config.integer("run.sample_tokens") > 0) sample();
+  for (const auto& line : end_block(*session, plan, valid_loss)) say(line);
+  result.step = progress.step;
+  result.valid_loss = valid_loss;
+  result.best_valid_loss = progress.best_valid_loss;
+  result.folder = folder->path();
+  if (result.interrupted) out << SignalGuard::received() << ": saved step " << progress.step << std::endl;
+  out << "resume: ./ounce train --resume auto --out " << folder->path() << " --steps "
+      << (result.interrupted ? stop : 2 * stop) << std::endl;
+  return result;
+}
+
+Trainer::Trainer(TrainerOptions options, std::ostream& out)
+    : impl_(std::make_unique<Impl>(std::move(options), out)) {}
+Trainer::~Trainer() = default;
+
+TrainResult Trainer::run() { return impl_->run(); }
+
+}  // namespace ounce

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: MIT
+// The program `ounce`.
+#include <ounce/core/check.h>
+#include <ounce/core/device.h>
+#include <ounce/core/registry.h>
+#include <ounce/core/version.h>
+#include <ounce/ounce.h>
+
+#include <iostream>
+
+#include "commands.h"
+
+namespace ounce::cli {
+
+void add_plugins(CLI::App& command) {
+  command
+      .add_option_function<std::vector<std::string>>(
+          "--plugin",
+          [](const std::vector<std::string>& libraries) {
+            for (const auto& library : libraries) load_plugin(library);
+          },
+          "shared library with extern \"C\" void ounce_register()")
+      ->trigger_on_parse();
+}
+
+}  // namespace ounce::cli
+
+namespace {
+
+int run(int argc, char** argv) {
+  CLI::App app("ounce: pretraining in little memory");
+  app.set_version_flag("--version", ounce::version_line());
+  app.require_subcommand(1);
+  int exit_code = 0;
+  std::string command;
+  for (int i = 0; i < argc; ++i) command += (i == 0 ? "" : " ") + std::string(argv[i]);
+  ounce::cli::add_train(app, exit_code, command);
+  ounce::cli::add_eval(app, exit_code);
+  ounce::cli::add_sample(app, exit_code);
+  ounce::cli::add_modules(app, exit_code);
+  ounce::cli::add_report(app, exit_code);
+  ounce::cli::add_ckpt(app, exit_code);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& request) {  // --help, --version
+    return app.exit(request);
+  } catch (const CLI::ParseError& error) {
+    std::cerr << "ounce: " << error.what() << "; see ./ounce --help" << std::endl;
+    return static_cast<int>(ounce::Fault::kUsage);
+  }
+  return exit_code;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    // Before the first tensor, so that memory is counted from the start.
+    ounce::count_cpu_memory();
+    ounce::register_builtins();
+    return run(argc, argv);
+  } catch (const ounce::Error& error) {
+    std::cerr << "ounce: " << error.what_without_backtrace() << std::endl;
+    return static_cast<int>(error.fault());
+  } catch (const c10::Error& error) {
+    std::cerr << "ounce: " << error.what_without_backtrace() << std::endl;
+  } catch (const std::exception& error) {
+    std::cerr << "ounce: " << error.what() << std::endl;
+  }
+  return static_cast<int>(ounce::Fault::kProblem);
+}

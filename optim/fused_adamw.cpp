@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/core/check.h>
+#include <ounce/core/registry.h>
+#include <ounce/optim/fused_adamw.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+
+namespace ounce::optim {
+
+namespace {
+
+constexpr const char* kDefaults = R"(lr = 1e-3            # base learning rate; a schedule multiplies it
+beta1 = 0.9          # decay of the first moment
+beta2 = 0.95         # decay of the second moment
+eps = 1e-8           # added to the root of the second moment
+weight_decay = 0.1   # decoupled; norms, biases and embeddings take 0 unless a group says otherwise
+amsgrad = false      # divide by the largest second moment so far
+maximize = false     # climb instead of descend
+group = []           # [[optimizer.group]]: match = "*norm*", and lr_scale, lr or any key above for it
+)";
+
+Options to_options(const AdamWOptions& from) {
+  Options options;
+  options.set("lr", from.lr);
+  options.set("beta1", from.beta1);
+  options.set("beta2", from.beta2);
+  options.set("eps", from.eps);
+  options.set("weight_decay", from.weight_decay);
+  options.set("amsgrad", from.amsgrad);
+  options.set("maximize", from.maximize);
+  return options;
+}
+
+// Of one group, whose lr is kept by the group itself; checks the ranges.
+AdamWOptions from_options(const Options& options) {
+  AdamWOptions to;
+  to.beta1 = options.number_in("beta1", 0, 1);
+  to.beta2 = options.number_in("beta2", 0, 1);
+  to.eps = options.number_in("eps", 0, 1);
+  to.weight_decay = options.number_in("weight_decay", 0, 1e6);
+  to.amsgrad = options.flag("amsgrad");
+  to.maximize = options.flag("maximize");
+  OUNCE_CHECK(to.beta1 < 1 && to.beta2 < 1, "[adamw] expected beta1 and beta2 below 1, got ", to.beta1,
+              " and ", to.beta2);
+  OUNCE_CHECK(to.eps > 0, "[adamw] expected eps > 0, got ", to.eps);
+  return to;
+}
+
+// The elements in memory order: the CPU kernel walks memory, whatever the strides are.
+at::Tensor flat(const at::Tensor& dense) {
+  return dense.is_contiguous() ? dense : dense.as_strided({dense.numel()}, {1});
+}
+
+}  // namespace
+
+struct FusedAdamW::Lists {
+  at::Device device;
+  at::ScalarType type;
+  std::vector<at::Tensor> parameters, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps;
+};
+
+FusedAdamW::FusedAdamW(NamedParameters parameters, const AdamWOptions& options)
+    : NamedOptimizer(std::move(parameters), to_options(options), options.groups) {
+  OUNCE_CHECK(options.lr >= 0, "[adamw] expected lr >= 0, got ", options.lr);
+  refuse_16_bit("adamw");
+  slots_.resize(this->parameters().size());
+  for (const auto& group : param_groups()) {
+    settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
+    for (const auto& parameter : group.params()) {
+      OUNCE_CHECK(parameter.layout() == at::kStrided && parameter.is_non_overlapping_and_dense(),
+                  "[adamw] '", name_of(parameter),
+                  "': expected a dense tensor, got strides ", parameter.strides());
+      auto& slot = slots_[index_of(parameter)];
+      slot.step = at::zeros({}, parameter.options().dtype(at::kFloat).requires_grad(false));
+      slot.exp_avg = at::zeros_like(parameter.detach());
+      slot.exp_avg_sq = at::zeros_like(parameter.detach());
+      if (settings_.back().amsgrad) slot.max_exp_avg_sq = at::zeros_like(parameter.detach());
+    }
+  }
+}
+
+std::vector<FusedAdamW::Lists> FusedAdamW::gather(
+    const torch::optim::OptimizerParamGroup& group) const {
+  std::vector<Lists> all;
+  for (const auto& parameter : group.params()) {
+    auto gradient = parameter.grad();
+    if (!gradient.defined() || parameter.numel() == 0) continue;
+    const auto& slot = slots_[index_of(parameter)];
+    OUNCE_CHECK(slot.exp_avg.sizes() == parameter.sizes() &&
+                    slot.exp_avg.strides() == parameter.strides() &&
+                    slot.exp_avg.device() == parameter.device() &&
+                    slot.exp_avg.scalar_type() == parameter.scalar_type(),
+                "[adamw] '", name_of(parameter), "' was ", slot.exp_avg.toString(),
+                slot.exp_avg.sizes(), " when the optimizer was made and is ", parameter.toString(),
+                parameter.sizes(), "; move or reshape a model before making its optimizer");
+    OUNCE_CHECK(gradient.layout() == at::kStrided &&
+                    gradient.scalar_type() == parameter.scalar_type(),
+                "[adamw] '", name_of(parameter), "': expected a dense gradient of ",
+                parameter.scalar_type(), ", got ", gradient.toString());
+    if (gradient.strides() != parameter.strides()) {
+      gradient = at::empty_like(parameter.detach()).copy_(gradient);
+    }
+    auto lists = std::find_if(all.begin(), all.end(), [&](const Lists& candidate) {
+      return candidate.device == parameter.device() && candidate.type == parameter.scalar_type();
+    });
+    if (lists == all.end()) {
+      lists = all.insert(all.end(), Lists{parameter.device(), parameter.scalar_type(), {}, {}, {}, {}, {}, {}});
+    }
+    lists->parameters.push_back(flat(parameter));
+    lists->gradients.push_back(flat(gradient));
+    lists->exp_avgs.push_back(flat(slot.exp_avg));
+    lists->exp_avg_sqs.push_back(flat(slot.exp_avg_sq));
+    if (slot.max_exp_avg_sq.defined()) lists->max_exp_avg_sqs.push_back(flat(slot.max_exp_avg_sq));
+    lists->steps.push_back(slot.step);
+  }
+  return all;
+}
+
+void FusedAdamW::step(const StepControl& control) {
+  const at::NoGradGuard no_grad;
+  // The kernel divides by its grad_scale, and skips where its found_inf equals one.
+  at::Tensor divisor, skip, lr;
+  if (control.grad_scale.defined()) divisor = control.grad_scale.to(at::kFloat).reciprocal();
+  if (control.skip.defined()) skip = control.skip.ne(0).to(at::kFloat);
+  for (size_t g = 0; g < param_groups().size(); ++g) {
+    const auto& settings = settings_[g];
+    const auto& options = static_cast<const GroupOptions&>(param_groups()[g].options());
+    if (control.lr.defined()) lr = control.lr.to(at::kFloat) * options.lr_scale;
+    for (auto& lists : gather(param_groups()[g])) {
+      const auto on_device = [&](const at::Tensor& scalar) {
+        return scalar.defined() ? std::optional(scalar.to(lists.device)) : std::nullopt;
+      };
+      const auto skip_here = on_device(skip);
+      if (skip_here) {
+        at::_foreach_add_(lists.steps, 1 - *skip_here);
+      } else {
+        at::_foreach_add_(lists.steps, 1);
+      }
+      const auto launch = [&](const auto& rate) {
+        at::_fused_adamw_(lists.parameters, lists.gradients, lists.exp_avgs, lists.exp_avg_sqs,
+                          lists.max_exp_avg_sqs, lists.steps, rate, settings.beta1, settings.beta2,
+                          settings.weight_decay, settings.eps, settings.amsgrad, settings.maximize,
+                          on_device(divisor), skip_here);
+      };
+      if (lr.defined()) {
+        launch(lr.to(lists.device));
+      } else {
+        launch(options.lr);
+      }
+    }
+  }
+}
+
+void FusedAdamW::visit_state(StateVisitor& visitor) {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const auto scope = visitor.scope(parameters()[i].first);
+    auto& slot = slots_[i];
+    visitor.tensor("step", slot.step, StateClass::kStep);
+    visitor.tensor("exp_avg", slot.exp_avg, StateClass::kStep);
+    visitor.tensor("exp_avg_sq", slot.exp_avg_sq, StateClass::kStep);
+    if (slot.max_exp_avg_sq.defined()) {
+      visitor.tensor("max_exp_avg_sq", slot.max_exp_avg_sq, StateClass::kStep);
+    }
+  }
+  visit_groups(visitor);
+}
+
+int64_t FusedAdamW::state_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& slot : slots_) {
+    for (const auto* tensor : {&slot.step, &slot.exp_avg, &slot.exp_avg_sq, &slot.max_exp_avg_sq}) {
+      if (tensor->defined()) bytes += static_cast<int64_t>(tensor->nbytes());
+    }
+  }
+  return bytes;
+}
+
+void register_adamw() {
+  registry<NamedOptimizer>().add(
+      {.name = "adamw", .doc = "AdamW with fp32 moments, one fused launch a group", .defaults = kDefaults},
+      [](const Options& options, const NamedOptimizer::Context& context) {
+        auto settings = from_options(options);
+        settings.lr = options.number("lr");
+        settings.groups = NamedOptimizer::parse_groups(*options.find("group"));
+        return std::make_shared<FusedAdamW>(context.parameters, settings);
+      });
+}
+
+}  // namespace ounce::optim

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/optim/fused_adamw.h>
+#include <ounce/optim/optimizers.h>
+
+namespace ounce::optim {
+
+void register_optimizers() { register_adamw(); }
+
+}  // namespace ounce::optim
