@@ -19,7 +19,7 @@ eps = 1e-8           # added to the root of the second moment
 weight_decay = 0.1   # decoupled; norms, biases and embeddings take 0 unless a group says otherwise
 amsgrad = false      # divide by the largest second moment so far
 maximize = false     # climb instead of descend
-group = []           # [[optimizer.group]]: match = "*norm*" and what differs: lr_scale, any key above
+group = []           # tables: match = "*norm*", and what differs: lr_scale or any key above
 )";
 
 Options to_options(const AdamWOptions& from) {
