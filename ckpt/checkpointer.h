@@ -8,10 +8,12 @@
 #include <ounce/core/stateful.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace ounce::ckpt {
@@ -19,19 +21,21 @@ namespace ounce::ckpt {
 class FileSystem;  // file_system.h
 
 struct CheckpointerOptions {
-  std::string root;         // folder of the checkpoints; made when missing
-  int64_t keep_last = 3;    // older steps are removed after a commit; 0 = keep all
-  int64_t keep_every = 0;   // steps divisible by this are never removed; 0 = off
-  std::string keep_best;    // metric name: the step with the lowest value is kept; empty = off
+  std::string root;        // folder of the checkpoints; made when missing
+  int64_t keep_last = 3;   // older steps are removed after a commit; 0 = keep all
+  int64_t keep_every = 0;  // steps divisible by this are never removed; 0 = off
+  std::string keep_best;   // metric name: the step with the lowest value is kept; empty = off
   std::shared_ptr<FileSystem> file_system;  // null = the real one
+  // Called when a save enters a phase: create, data, sync, manifest, publish, retention, done.
+  std::function<void(const char* phase)> on_phase;
 };
 
 // What is stored beside the tensors.
 struct CheckpointInfo {
   int64_t step = 0;
   std::string uuid;
-  std::string path;                       // folder of the step
-  std::map<std::string, double> metrics;  // for keep_best
+  std::string path;                          // folder of the step
+  std::map<std::string, double> metrics;     // for keep_best
   std::map<std::string, std::string> notes;  // config text, versions, command line: name -> text
   int64_t bytes = 0;
 };
@@ -50,8 +54,8 @@ class Checkpointer {
   explicit Checkpointer(CheckpointerOptions options);
   ~Checkpointer();
 
-  // Writes everything the objects present, under the prefixes given, and commits. On return the step
-  // is durable. On failure older steps are intact and Fault::kData says bytes needed and free.
+  // Writes everything the objects present, under the prefixes given, and commits. On return the
+  // step is durable. On failure older steps are intact and Fault::kData says bytes needed and free.
   SaveReport save(int64_t step, const std::vector<std::pair<std::string, Stateful*>>& objects,
                   const std::map<std::string, std::string>& notes = {},
                   const std::map<std::string, double>& metrics = {});
@@ -61,7 +65,8 @@ class Checkpointer {
   std::unique_ptr<Impl> impl_;
 };
 
-// Steps under a root that have a manifest, newest first; damaged manifests are listed in `problems`.
+// Steps under a root that have a manifest, newest first; damaged manifests are listed in
+// `problems`.
 std::vector<CheckpointInfo> list_checkpoints(const std::string& root,
                                              std::vector<std::string>* problems = nullptr);
 
@@ -73,9 +78,12 @@ struct LoadReport {
 
 // Loads the newest good step of a root (or the step given, or the step folder given as `path`) into
 // the objects, in place; names, shapes and dtypes must match exactly, every difference is listed in
-// one error (Fault::kUsage) and then nothing has been changed. Block sums are verified before a value
-// is used. Nothing there: Fault::kNotFound. Steps there, none good: Fault::kData.
+// one error (Fault::kUsage) and then nothing has been changed. Block sums are verified before a
+// value is used. Nothing there: Fault::kNotFound. Steps there, none good: Fault::kData.
 LoadReport load_checkpoint(const std::string& path, std::optional<int64_t> step,
                            const std::vector<std::pair<std::string, Stateful*>>& objects);
+LoadReport load_checkpoint(const std::string& path, std::optional<int64_t> step,
+                           const std::vector<std::pair<std::string, Stateful*>>& objects,
+                           std::shared_ptr<FileSystem> files);
 
 }  // namespace ounce::ckpt

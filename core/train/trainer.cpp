@@ -180,7 +180,7 @@ void Trainer::Impl::start() {
   checkpointer = std::make_unique<ckpt::Checkpointer>(checkpoint);
   if (!options.quiet) sinks.push_back(console_sink(out));
   sinks.push_back(jsonl_sink(folder->file("metrics.jsonl"), progress.step));
-  sinks.push_back(tensorboard_sink(folder->path()));
+  sinks.push_back(tensorboard_sink(folder->path(), resume_from.empty() ? -1 : progress.step));
   write("config", progress.step, config_record(*session, plan));
 }
 

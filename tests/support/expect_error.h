@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+// What an error says and which fault it is, for EXPECT_EQ and EXPECT_THAT.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -6,17 +7,28 @@
 
 #include <string>
 
-// `statement` must throw ounce::Error of this Fault, on one line, with `part` in its text.
-#define EXPECT_OUNCE_ERROR(statement, expected_fault, part)                                      \
-  do {                                                                                           \
-    try {                                                                                        \
-      static_cast<void>(statement);                                                              \
-      ADD_FAILURE() << #statement " throws nothing";                                             \
-    } catch (const ::ounce::Error& error) {                                                      \
-      const std::string text = error.what_without_backtrace();                                   \
-      EXPECT_EQ(static_cast<int>(error.fault()), static_cast<int>(::ounce::Fault::expected_fault)) \
-          << text;                                                                               \
-      EXPECT_NE(text.find(part), std::string::npos) << text;                                     \
-      EXPECT_EQ(text.find('\n'), std::string::npos) << "more than one line: " << text;           \
-    }                                                                                            \
-  } while (false)
+namespace ounce::test {
+
+// Expects that `call` throws an ounce::Error of `fault`, on one line, with each of `parts` in it.
+template <class Call>
+void expect_error(Fault fault, std::initializer_list<std::string> parts, Call call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    const std::string what = error.what_without_backtrace();
+    EXPECT_EQ(static_cast<int>(error.fault()), static_cast<int>(fault)) << what;
+    EXPECT_EQ(what.find('\n'), std::string::npos) << what;
+    for (const auto& part : parts) {
+      EXPECT_NE(what.find(part), std::string::npos) << "no '" << part << "' in: " << what;
+    }
+    return;
+  }
+  ADD_FAILURE() << "nothing was thrown";
+}
+
+}  // namespace ounce::test
+
+// The same for one statement and one part.
+#define EXPECT_OUNCE_ERROR(statement, expected_fault, part)                     \
+  ::ounce::test::expect_error(::ounce::Fault::expected_fault, {std::string(part)}, \
+                              [&] { static_cast<void>(statement); })

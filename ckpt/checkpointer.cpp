@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/ckpt/checkpointer.h>
+#include <ounce/ckpt/commit.h>
+#include <ounce/ckpt/lock.h>
+#include <ounce/ckpt/restore.h>
+#include <ounce/ckpt/retention.h>
+#include <torch/torch.h>
+
+#include <chrono>
+
+namespace ounce::ckpt {
+namespace {
+
+void check_texts(const std::map<std::string, std::string>& notes,
+                 const std::map<std::string, double>& metrics) {
+  const auto check = [](const std::string& name) {
+    const auto problem = name_problem(name);
+    OUNCE_CHECK(problem.empty(), "[checkpoint] the name of a note or metric '", name, "' ",
+                problem);
+  };
+  for (const auto& [name, text] : notes) check(name);
+  for (const auto& [name, value] : metrics) check(name);
+}
+
+}  // namespace
+
+struct Checkpointer::Impl {
+  CheckpointerOptions options;
+  std::unique_ptr<RootLock> lock;
+  std::vector<std::string> warnings;  // of the sweep, until the next save reports them
+
+  void open() {
+    auto& root = options.root;
+    OUNCE_CHECK(!root.empty() && root.find('\0') == std::string::npos,
+                "[checkpoint] expected a folder, got '", root, "'");
+    OUNCE_CHECK(options.keep_last >= 0 && options.keep_every >= 0,
+                "[checkpoint] expected keep_last and keep_every of at least 0, got ",
+                options.keep_last, " and ", options.keep_every);
+    while (root.size() > 1 && root.back() == '/') root.pop_back();
+    if (!options.file_system) options.file_system = posix_file_system();
+    make_directories(*options.file_system, root);
+    lock = std::make_unique<RootLock>(root);
+    warnings = sweep(*options.file_system, root);
+  }
+
+  void enter(const char* phase) const {
+    if (options.on_phase) options.on_phase(phase);
+  }
+
+  // The writer reads one tensor at a time; `held` keeps the one it is reading.
+  CommitRequest request(const Snapshot& snapshot, at::Tensor& held) const {
+    CommitRequest request;
+    request.root = options.root;
+    request.manifest.uuid = random_id();
+    request.manifest.tensors = snapshot.tensors();
+    request.manifest.scalars = snapshot.scalars();
+    request.bytes_of = [&snapshot, &held](size_t index) -> const void* {
+      held = at::Tensor();
+      held = snapshot.host(index);
+      return held.const_data_ptr();
+    };
+    request.on_phase = options.on_phase;
+    return request;
+  }
+
+  SaveReport save(int64_t step, const Objects& objects,
+                  const std::map<std::string, std::string>& notes,
+                  const std::map<std::string, double>& metrics) {
+    const auto start = std::chrono::steady_clock::now();
+    OUNCE_CHECK(step >= 0, "[checkpoint] expected a step of at least 0, got ", step);
+    check_texts(notes, metrics);
+    const Snapshot snapshot(objects);
+    at::Tensor held;
+    auto request = this->request(snapshot, held);
+    request.manifest.step = step;
+    request.manifest.notes = notes;
+    request.manifest.metrics = metrics;
+    auto& files = *options.file_system;
+    for (const auto& entry : scan_root(files, options.root).steps) {
+      request.manifest.sequence = std::max(request.manifest.sequence, entry.manifest.sequence + 1);
+    }
+    auto result = commit_step(files, std::move(request));
+    SaveReport report;
+    report.info = info_of(result.manifest, result.path);
+    report.bytes = report.info.bytes;
+    report.warnings = std::exchange(warnings, {});
+    report.warnings.insert(report.warnings.end(), result.warnings.begin(), result.warnings.end());
+    enter("retention");
+    retain(result.manifest.sequence, report.warnings);
+    enter("done");
+    report.seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return report;
+  }
+
+  // The step is committed: what goes wrong here is told, not thrown.
+  void retain(int64_t sequence, std::vector<std::string>& all) const {
+    auto& files = *options.file_system;
+    try {
+      const auto steps = scan_root(files, options.root).steps;
+      // Only behind the step that was just written: nothing else is known to be good.
+      if (steps.empty() || steps.front().manifest.sequence != sequence) return;
+      const RetentionRule rule{options.keep_last, options.keep_every, options.keep_best};
+      const auto removed = remove_steps(files, options.root, steps_to_remove(files, steps, rule));
+      all.insert(all.end(), removed.begin(), removed.end());
+    } catch (const StorageError& error) {
+      all.push_back(error.what());
+    }
+  }
+};
+
+Checkpointer::Checkpointer(CheckpointerOptions options) : impl_(new Impl) {
+  impl_->options = std::move(options);
+  with_faults([&] { impl_->open(); });
+}
+
+Checkpointer::~Checkpointer() = default;
+
+SaveReport Checkpointer::save(int64_t step, const Objects& objects,
+                              const std::map<std::string, std::string>& notes,
+                              const std::map<std::string, double>& metrics) {
+  return with_faults([&] { return impl_->save(step, objects, notes, metrics); });
+}
+
+}  // namespace ounce::ckpt

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+#include <errno.h>
+#include <ounce/ckpt/commit.h>
+#include <ounce/ckpt/retention.h>
+
+#include <cmath>
+#include <cstring>
+
+namespace ounce::ckpt {
+
+std::vector<std::string> steps_to_remove(FileSystem& files, const std::vector<StepEntry>& steps,
+                                         const RetentionRule& rule) {
+  if (rule.keep_last <= 0) return {};
+  const StepEntry* best = nullptr;
+  const auto value = [&](const StepEntry& entry) {
+    const auto found = entry.manifest.metrics.find(rule.keep_best);
+    return found == entry.manifest.metrics.end() ? NAN : found->second;
+  };
+  for (const auto& entry : steps) {
+    // Of equal values the newest stays; a NaN is never best.
+    if (!rule.keep_best.empty() && !std::isnan(value(entry)) &&
+        (best == nullptr || value(entry) < value(*best))) {
+      best = &entry;
+    }
+  }
+  std::vector<std::string> victims;
+  for (size_t i = rule.keep_last; i < steps.size(); ++i) {
+    const auto& entry = steps[i];
+    if (rule.keep_every > 0 && entry.manifest.step % rule.keep_every == 0) continue;
+    FileInfo info;
+    // Unsure counts as pinned.
+    if (&entry == best || files.stat(entry.path + "/" + kPinName, info) != ENOENT) continue;
+    victims.push_back(entry.path);
+  }
+  return victims;
+}
+
+std::vector<std::string> remove_steps(FileSystem& files, const std::string& root,
+                                      const std::vector<std::string>& paths) {
+  std::vector<std::string> warnings, trash;
+  const auto warn = [&](const std::string& path, int error) {
+    warnings.push_back("[checkpoint] cannot remove '" + path + "': " + std::strerror(error));
+  };
+  for (const auto& path : paths) {
+    const auto hidden =
+        root + "/" + kTrashPrefix + path.substr(path.find_last_of('/') + 1) + "-" + random_id();
+    if (const int error = files.rename(path, hidden); error != 0) {
+      warn(path, error);
+    } else {
+      trash.push_back(hidden);
+    }
+  }
+  if (trash.empty()) return warnings;
+  if (const int error = files.sync_directory(root); error != 0) {
+    warn(root, error);
+    return warnings;
+  }
+  for (const auto& path : trash) {
+    if (const int error = remove_tree(files, path); error != 0) warn(path, error);
+  }
+  return warnings;
+}
+
+}  // namespace ounce::ckpt

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: MIT
+// Which steps go after a commit. No Torch here.
+#pragma once
+
+#include <ounce/ckpt/scan.h>
+
+#include <string>
+#include <vector>
+
+namespace ounce::ckpt {
+
+struct RetentionRule {
+  int64_t keep_last = 3;   // 0 = keep all
+  int64_t keep_every = 0;  // 0 = off
+  std::string keep_best;   // metric whose lowest value is kept; empty = off
+};
+
+// A step folder that holds a file of this name is never removed.
+inline constexpr const char* kPinName = "PINNED";
+
+// Folders to remove, given the steps newest first: all but the newest one, the newest keep_last
+// ones, those divisible by keep_every, the best one and those pinned.
+std::vector<std::string> steps_to_remove(FileSystem& files, const std::vector<StepEntry>& steps,
+                                         const RetentionRule& rule);
+
+// Renames each folder out of sight, makes that durable, then removes the files. Errors become
+// warnings: a folder that stays costs space, not the run.
+std::vector<std::string> remove_steps(FileSystem& files, const std::string& root,
+                                      const std::vector<std::string>& paths);
+
+}  // namespace ounce::ckpt

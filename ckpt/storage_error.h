@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: MIT
+// What the parts of ckpt/ that know nothing of Torch throw. The public functions of checkpointer.h
+// turn it into ounce::Error with the matching Fault.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace ounce::ckpt {
+
+class StorageError : public std::runtime_error {
+ public:
+  enum class Kind {
+    kIo,           // a file call failed
+    kDamaged,      // the bytes are not what was written
+    kNewerFormat,  // written by a later version
+    kMissing,      // nothing there
+    kBusy,         // another live process owns the folder
+    kUsage,        // the caller asked for something that cannot be
+  };
+
+  StorageError(Kind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
+  Kind kind() const { return kind_; }
+
+ private:
+  Kind kind_;
+};
+
+}  // namespace ounce::ckpt

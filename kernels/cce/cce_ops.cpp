@@ -1,0 +1,385 @@
+// SPDX-License-Identifier: MIT
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+#include <ounce/core/check.h>
+#include <ounce/kernels/cce/cce.h>
+#include <ounce/kernels/cce/cce_checks.h>
+#include <ounce/kernels/cce/cce_reference.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <utility>
+
+namespace ounce {
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using detail::CceOptions;
+using Inputs = detail::CceInputs;
+using detail::check_inputs;
+using detail::kGradModes;
+using detail::kRecomputes;
+using detail::kReductions;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// loss, lse, z_loss, n_valid, correct, dropped_mass; those without a value are empty [0] tensors.
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+constexpr at::DispatchKeySet kAutocast({c10::DispatchKey::AutocastCPU,
+                                        c10::DispatchKey::AutocastCUDA});
+
+// --- CPU and CUDA -------------------------------------------------------------------------------
+
+// Per-token values at the target's place -> at the place they are predicted from, flat.
+Tensor to_hidden_place(const Tensor& t, int64_t shift) {
+  return (shift == 0 ? t : at::roll(t, -shift, -1)).reshape({t.numel()});
+}
+Tensor to_target_place(const Tensor& rows, const Tensor& target, int64_t shift) {
+  const auto t = rows.view(target.sizes());
+  return shift == 0 ? t : at::roll(t, shift, -1);
+}
+
+reference::Tokens tokens_of(const Inputs& in, const CceOptions& o) {
+  const auto compute = in.hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  auto counted = in.target.ne(o.ignore_index());
+  if (o.shift() > 0) counted.narrow(-1, 0, o.shift()).fill_(false);
+  const auto token_weight =
+      in.token_weight ? OptionalTensor(to_hidden_place(*in.token_weight, o.shift())) : std::nullopt;
+  return reference::describe_tokens(to_hidden_place(in.target.to(at::kLong), o.shift()),
+                                    to_hidden_place(counted, o.shift()), token_weight,
+                                    in.class_weight, in.weight.size(0), compute);
+}
+
+void check_targets(const Inputs& in, const CceOptions& o) {
+  const auto bad = in.target.lt(0)
+                       .logical_or_(in.target.ge(in.weight.size(0)))
+                       .logical_and_(in.target.ne(o.ignore_index()));
+  if (!bad.any().item<bool>()) return;
+  fail(Fault::kUsage, "[linear_cross_entropy] expected targets in [0, ", in.weight.size(0),
+       ") or ignore_index = ", o.ignore_index(), ", got ", bad.sum().item<int64_t>(),
+       " others, the first ", in.target.masked_select(bad).select(0, 0).item<int64_t>());
+}
+
+Outputs forward_kernel(const Inputs& in, const CceOptions& o) {
+  check_inputs(in, o);
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  if (o.validate_targets()) check_targets(in, o);
+  const auto tokens = tokens_of(in, o);
+  const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
+  auto rows =
+      reference::linear_cross_entropy_rows(hidden, in.weight, in.bias, in.class_weight, tokens, o);
+  const auto per_token = [&](const Tensor& t) { return to_target_place(t, in.target, o.shift()); };
+  const auto reduce = [&](const Tensor& t) {
+    if (o.reduction() == Reduction::kNone) return per_token(t);
+    return o.reduction() == Reduction::kSum ? t.sum() : t.sum() / tokens.denominator;
+  };
+  return {reduce(rows.loss),
+          per_token(rows.lse),
+          reduce(rows.z_loss),
+          tokens.counted.sum(),
+          o.return_correct() ? per_token(rows.correct) : rows.correct,
+          o.grad_mode() == GradMode::kExact ? rows.dropped_mass : per_token(rows.dropped_mass)};
+}
+
+Gradients backward_kernel(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
+                          const Inputs& in, const CceOptions& o, std::array<bool, 3> wanted) {
+  check_inputs(in, o);
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  const auto tokens = tokens_of(in, o);
+  const auto zero = at::zeros({}, tokens.weight.options());
+  Tensor grad_rows = grad_loss ? *grad_loss : zero;
+  if (grad_loss && o.reduction() == Reduction::kNone) {
+    grad_rows = to_hidden_place(grad_rows, o.shift());
+  } else if (o.reduction() == Reduction::kMean) {
+    grad_rows = grad_rows / tokens.denominator;
+  }
+  const auto lse_rows = grad_lse ? to_hidden_place(*grad_lse, o.shift()) : zero;
+  const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
+  auto [grad_hidden, grad_weight, grad_bias] = reference::linear_cross_entropy_rows_backward(
+      grad_rows, lse_rows, hidden, in.weight, in.bias, in.class_weight, tokens, o, wanted);
+  if (wanted[0]) grad_hidden = grad_hidden.view(in.hidden.sizes());
+  return {grad_hidden, grad_weight, grad_bias};
+}
+
+// --- Meta ---------------------------------------------------------------------------------------
+
+Outputs forward_meta(const Inputs& in, const CceOptions& o) {
+  const auto compute = in.hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto options = in.hidden.options().dtype(compute);
+  const auto per_token = [&](at::ScalarType type, bool full) {
+    return full ? at::empty_symint(in.target.sym_sizes(), options.dtype(type))
+                : at::empty({0}, options.dtype(type));
+  };
+  const auto reduced = [&] {
+    return o.reduction() == Reduction::kNone ? per_token(compute, true) : at::empty({}, options);
+  };
+  return {reduced(),
+          per_token(compute, true),
+          reduced(),
+          at::empty({}, options.dtype(at::kLong)),
+          per_token(at::kBool, o.return_correct()),
+          per_token(compute, o.grad_mode() != GradMode::kExact)};
+}
+
+Gradients backward_meta(const OptionalTensor&, const OptionalTensor&, const Inputs& in,
+                        const CceOptions&, std::array<bool, 3> wanted) {
+  const auto like = [](bool full, const Tensor& t) {
+    return full ? at::empty_symint(t.sym_sizes(), t.options()) : at::empty({0}, t.options());
+  };
+  return {like(wanted[0], in.hidden), like(wanted[1], in.weight),
+          wanted[2] ? like(true, *in.bias) : at::empty({0}, in.weight.options())};
+}
+
+// --- the dispatcher: options as single arguments, and back --------------------------------------
+
+template <Outputs (*kernel)(const Inputs&, const CceOptions&)>
+Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                      const OptionalTensor& bias, const OptionalTensor& token_weight,
+                      const OptionalTensor& class_weight, int64_t ignore_index,
+                      c10::string_view reduction, int64_t shift, double label_smoothing,
+                      double z_loss, double softcap, double logit_scale, c10::string_view grad_mode,
+                      std::optional<double> filter_eps, bool return_correct, bool validate_targets,
+                      int64_t workspace_bytes, c10::string_view recompute, bool deterministic,
+                      at::ScalarType accum, c10::string_view implementation) {
+  const auto options = CceOptions()
+                           .ignore_index(ignore_index)
+                           .reduction(kReductions.parse(reduction))
+                           .shift(shift)
+                           .label_smoothing(label_smoothing)
+                           .z_loss(z_loss)
+                           .softcap(softcap)
+                           .logit_scale(logit_scale)
+                           .grad_mode(kGradModes.parse(grad_mode))
+                           .filter_eps(filter_eps)
+                           .return_correct(return_correct)
+                           .validate_targets(validate_targets)
+                           .workspace_bytes(workspace_bytes)
+                           .recompute(kRecomputes.parse(recompute))
+                           .deterministic(deterministic)
+                           .accum(accum)
+                           .implementation(std::string(implementation));
+  return kernel({hidden, weight, target, bias, token_weight, class_weight}, options);
+}
+
+template <Gradients (*kernel)(const OptionalTensor&, const OptionalTensor&, const Inputs&,
+                              const CceOptions&, std::array<bool, 3>)>
+Gradients backward_entry(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
+                         const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                         const OptionalTensor& bias, const OptionalTensor& token_weight,
+                         const OptionalTensor& class_weight, int64_t ignore_index,
+                         c10::string_view reduction, int64_t shift, double label_smoothing,
+                         double z_loss, double softcap, double logit_scale,
+                         c10::string_view grad_mode, std::optional<double> filter_eps,
+                         int64_t workspace_bytes, bool deterministic, at::ScalarType accum,
+                         c10::string_view implementation, std::array<bool, 3> wanted) {
+  const auto options = CceOptions()
+                           .ignore_index(ignore_index)
+                           .reduction(kReductions.parse(reduction))
+                           .shift(shift)
+                           .label_smoothing(label_smoothing)
+                           .z_loss(z_loss)
+                           .softcap(softcap)
+                           .logit_scale(logit_scale)
+                           .grad_mode(kGradModes.parse(grad_mode))
+                           .filter_eps(filter_eps)
+                           .workspace_bytes(workspace_bytes)
+                           .deterministic(deterministic)
+                           .accum(accum)
+                           .implementation(std::string(implementation));
+  return kernel(grad_loss, grad_lse, {hidden, weight, target, bias, token_weight, class_weight},
+                options, wanted);
+}
+
+Outputs call_forward(const Inputs& in, const CceOptions& o) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ounce::linear_cross_entropy", "")
+                             .typed<decltype(forward_entry<forward_kernel>)>();
+  return op.call(in.hidden, in.weight, in.target, in.bias, in.token_weight, in.class_weight,
+                 o.ignore_index(), kReductions.text(o.reduction()), o.shift(), o.label_smoothing(),
+                 o.z_loss(), o.softcap(), o.logit_scale(), kGradModes.text(o.grad_mode()),
+                 o.filter_eps(), o.return_correct(), o.validate_targets(), o.workspace_bytes(),
+                 kRecomputes.text(o.recompute()), o.deterministic(), o.accum(), o.implementation());
+}
+
+Gradients call_backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
+                        const Inputs& in, const CceOptions& o, std::array<bool, 3> wanted) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ounce::linear_cross_entropy_backward", "")
+                             .typed<decltype(backward_entry<backward_kernel>)>();
+  return op.call(grad_loss, grad_lse, in.hidden, in.weight, in.target, in.bias, in.token_weight,
+                 in.class_weight, o.ignore_index(), kReductions.text(o.reduction()), o.shift(),
+                 o.label_smoothing(), o.z_loss(), o.softcap(), o.logit_scale(),
+                 kGradModes.text(o.grad_mode()), o.filter_eps(), o.workspace_bytes(),
+                 o.deterministic(), o.accum(), o.implementation(), wanted);
+}
+
+// --- autograd and autocast ----------------------------------------------------------------------
+
+struct SavedOptions : torch::CustomClassHolder {
+  explicit SavedOptions(CceOptions options_) : options(std::move(options_)) {}
+  CceOptions options;
+};
+
+OptionalTensor when_defined(const Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
+}
+
+class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& weight,
+                               const Tensor& target, const OptionalTensor& bias,
+                               const OptionalTensor& token_weight,
+                               const OptionalTensor& class_weight, const CceOptions& options) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, lse, z_loss, n_valid, correct, dropped_mass] =
+        call_forward({hidden, weight, target, bias, token_weight, class_weight}, options);
+    ctx->save_for_backward({hidden, weight, target, bias.value_or(Tensor()),
+                            token_weight.value_or(Tensor()), class_weight.value_or(Tensor())});
+    ctx->saved_data["options"] =
+        c10::IValue::make_capsule(c10::make_intrusive<SavedOptions>(options));
+    ctx->mark_non_differentiable({z_loss, n_valid, correct, dropped_mass});
+    ctx->set_materialize_grads(false);
+    return {loss, lse, z_loss, n_valid, correct, dropped_mass};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list out(7);
+    if (!grads[0].defined() && !grads[1].defined()) return out;
+    const auto saved = ctx->get_saved_variables();
+    const auto bias = when_defined(saved[3]), token_weight = when_defined(saved[4]),
+               class_weight = when_defined(saved[5]);
+    const auto held = ctx->saved_data["options"].toCapsule();
+    const auto& options = static_cast<const SavedOptions&>(*held).options;
+    const std::array<bool, 3> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                        bias && ctx->needs_input_grad(3)};
+    auto [grad_hidden, grad_weight, grad_bias] = call_backward(
+        when_defined(grads[0]), when_defined(grads[1]),
+        {saved[0], saved[1], saved[2], bias, token_weight, class_weight}, options, wanted);
+    if (wanted[0]) out[0] = grad_hidden;
+    if (wanted[1]) out[1] = grad_weight;
+    if (wanted[2]) out[3] = grad_bias;
+    return out;
+  }
+};
+
+// Its derivative would be the second one of the loss.
+class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
+ public:
+  static variable_list forward(AutogradContext*, const OptionalTensor& grad_loss,
+                               const OptionalTensor& grad_lse, const Tensor& hidden,
+                               const Tensor& weight, const Tensor& target,
+                               const OptionalTensor& bias, const OptionalTensor& token_weight,
+                               const OptionalTensor& class_weight, const CceOptions& options,
+                               std::array<bool, 3> wanted) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [grad_hidden, grad_weight, grad_bias] =
+        call_backward(grad_loss, grad_lse,
+                      {hidden, weight, target, bias, token_weight, class_weight}, options, wanted);
+    return {grad_hidden, grad_weight, grad_bias};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    fail(Fault::kUsage, "[linear_cross_entropy] expected a first derivative, got double backward; ",
+         "use a loss on materialised logits where second derivatives are needed");
+  }
+};
+
+Outputs forward_autograd(const Inputs& in, const CceOptions& o) {
+  OUNCE_CHECK(
+      !in.token_weight || !in.token_weight->requires_grad(),
+      "[linear_cross_entropy] expected token_weight without gradient; detach it, or weigh the "
+      "losses of reduction = none");
+  OUNCE_CHECK(!in.class_weight || !in.class_weight->requires_grad(),
+              "[linear_cross_entropy] expected class_weight without gradient; detach it");
+  auto out = ForwardFunction::apply(in.hidden, in.weight, in.target, in.bias, in.token_weight,
+                                    in.class_weight, o);
+  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+}
+
+Gradients backward_autograd(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
+                            const Inputs& in, const CceOptions& o, std::array<bool, 3> wanted) {
+  auto out = BackwardFunction::apply(grad_loss, grad_lse, in.hidden, in.weight, in.target, in.bias,
+                                     in.token_weight, in.class_weight, o, wanted);
+  return {out[0], out[1], out[2]};
+}
+
+// The hidden state is cast; the weight is read in slabs as it is.
+Outputs forward_autocast(const Inputs& in, const CceOptions& o) {
+  const auto device = in.hidden.device().type();
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  const auto hidden =
+      at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), in.hidden, device);
+  return call_forward({hidden, in.weight, in.target, in.bias, in.token_weight, in.class_weight}, o);
+}
+
+}  // namespace
+
+LinearCrossEntropyOutput linear_cross_entropy(const Tensor& hidden, const Tensor& weight,
+                                              const Tensor& target, const OptionalTensor& bias,
+                                              const OptionalTensor& token_weight,
+                                              const OptionalTensor& class_weight,
+                                              const LinearCrossEntropyOptions& o) {
+  OUNCE_CHECK(hidden.defined() && weight.defined() && target.defined(),
+              "[linear_cross_entropy] expected hidden, weight and target, got an undefined tensor");
+  const auto drop_undefined = [](const OptionalTensor& t) {
+    return t && t->defined() ? t : std::nullopt;
+  };
+  auto [loss, lse, z_loss, n_valid, correct, dropped_mass] =
+      call_forward({hidden, weight, target, drop_undefined(bias), drop_undefined(token_weight),
+                    drop_undefined(class_weight)},
+                   o);
+  LinearCrossEntropyOutput out;
+  out.loss = std::move(loss);
+  out.n_valid = std::move(n_valid);
+  if (o.return_lse()) out.lse = std::move(lse);
+  if (o.return_z_loss()) out.z_loss = std::move(z_loss);
+  if (o.return_correct()) out.correct = std::move(correct);
+  if (o.grad_mode() != GradMode::kExact) out.dropped_mass = std::move(dropped_mass);
+  return out;
+}
+
+TORCH_LIBRARY_FRAGMENT(ounce, m) {
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, "
+      "Tensor? token_weight=None, Tensor? class_weight=None, *, int ignore_index=-100, "
+      "str reduction='mean', int shift=0, float label_smoothing=0., float z_loss=0., "
+      "float softcap=0., float logit_scale=1., str grad_mode='exact', float? filter_eps=None, "
+      "bool return_correct=False, bool validate_targets=False, int workspace_bytes=-1, "
+      "str recompute='auto', bool deterministic=True, ScalarType accum=float, "
+      "str implementation='auto') -> (Tensor loss, Tensor lse, Tensor z_loss, Tensor n_valid, "
+      "Tensor correct, Tensor dropped_mass)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor hidden, "
+      "Tensor weight, Tensor target, Tensor? bias, Tensor? token_weight, Tensor? class_weight, *, "
+      "int ignore_index, str reduction, int shift, float label_smoothing, float z_loss, "
+      "float softcap, float logit_scale, str grad_mode, float? filter_eps, int workspace_bytes, "
+      "bool deterministic, ScalarType accum, str implementation, bool[3] wanted) -> "
+      "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+}
+
+TORCH_LIBRARY_IMPL(ounce, CPU, m) {
+  m.impl("linear_cross_entropy", forward_entry<forward_kernel>);
+  m.impl("linear_cross_entropy_backward", backward_entry<backward_kernel>);
+}
+TORCH_LIBRARY_IMPL(ounce, CUDA, m) {
+  m.impl("linear_cross_entropy", forward_entry<forward_kernel>);
+  m.impl("linear_cross_entropy_backward", backward_entry<backward_kernel>);
+}
+TORCH_LIBRARY_IMPL(ounce, Meta, m) {
+  m.impl("linear_cross_entropy", forward_entry<forward_meta>);
+  m.impl("linear_cross_entropy_backward", backward_entry<backward_meta>);
+}
+TORCH_LIBRARY_IMPL(ounce, Autograd, m) {
+  m.impl("linear_cross_entropy", forward_entry<forward_autograd>);
+  m.impl("linear_cross_entropy_backward", backward_entry<backward_autograd>);
+}
+TORCH_LIBRARY_IMPL(ounce, AutocastCPU, m) {
+  m.impl("linear_cross_entropy", forward_entry<forward_autocast>);
+}
+TORCH_LIBRARY_IMPL(ounce, AutocastCUDA, m) {
+  m.impl("linear_cross_entropy", forward_entry<forward_autocast>);
+}
+
+}  // namespace ounce

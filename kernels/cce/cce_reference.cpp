@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: MIT
+#include <ATen/ATen.h>
+#include <ounce/kernels/cce/cce_reference.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+namespace ounce::reference {
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kTile = 128;
+constexpr int64_t kSlabBytes = int64_t{16} << 20;
+// Logits closer than this to the largest take their loss from log1p, which keeps the relative
+// precision of a loss near 0; further ones take the difference, which cannot overflow.
+constexpr double kNearMaximum = -10;
+
+// Tokens a chunk. Two [rows, V] buffers are alive at a time; one chunk at most where a filter's
+// tiles need whole groups of tokens.
+int64_t chunk_rows(const Tensor& hidden, int64_t vocab, at::ScalarType compute,
+                   const LinearCrossEntropyOptions& options) {
+  const int64_t automatic = int64_t{hidden.is_cuda() ? 512 : 128} << 20;
+  const int64_t budget = options.workspace_bytes() < 0 ? automatic : options.workspace_bytes();
+  const int64_t row = 2 * vocab * static_cast<int64_t>(c10::elementSize(compute));
+  int64_t rows = std::max<int64_t>(1, budget / row);
+  if (options.grad_mode() != GradMode::kExact) rows = std::max(kTile, rows / kTile * kTile);
+  return std::min(rows, std::max<int64_t>(1, hidden.size(0)));
+}
+
+// The three matrix products. What is not in the dtype they run in is converted a slab of the
+// vocabulary at a time.
+class Classifier {
+ public:
+  Classifier(const Tensor& hidden, const Tensor& weight, at::ScalarType compute)
+      : weight_(weight),
+        compute_(compute),
+        // A GPU multiplies bf16 and accumulates in fp32. A CPU would round the result to bf16, and
+        // small gradients underflow in fp16: those are widened.
+        operand_(hidden.is_cuda() && hidden.scalar_type() == at::kBFloat16 ? at::kBFloat16
+                                                                           : compute) {
+    const int64_t vocab = weight.size(0);
+    const bool direct = weight.scalar_type() == compute && operand_ == compute;
+    const int64_t row = 4 * std::max<int64_t>(1, weight.size(1));
+    slab_ = direct ? vocab : std::clamp<int64_t>(kSlabBytes / row, 1, vocab);
+  }
+
+  // Rows that do not count become 0, for 0 * NaN would reach the weight's gradient.
+  Tensor rows(const Tensor& hidden_rd, const Tensor& counted) const {
+    return hidden_rd.to(operand_).masked_fill(counted.logical_not().unsqueeze(1), 0);
+  }
+  Tensor logits(const Tensor& x_rd) const {
+    const int64_t vocab = weight_.size(0);
+    if (slab_ == vocab) return product(x_rd, weight_.to(operand_).t());
+    auto out = at::empty({x_rd.size(0), vocab}, x_rd.options().dtype(compute_));
+    each_slab([&](int64_t from, int64_t count) {
+      const auto slab = weight_.narrow(0, from, count).to(operand_);
+      out.narrow(1, from, count).copy_(product(x_rd, slab.t()));
+    });
+    return out;
+  }
+  // dlogits weight
+  Tensor hidden_gradient(const Tensor& dlogits_rv) const {
+    auto out = at::zeros({dlogits_rv.size(0), weight_.size(1)}, dlogits_rv.options());
+    each_slab([&](int64_t from, int64_t count) {
+      const auto slab = weight_.narrow(0, from, count).to(operand_);
+      add_product(out, dlogits_rv.narrow(1, from, count).to(operand_), slab);
+    });
+    return out;
+  }
+  // sum += dlogits^T x
+  void add_weight_gradient(Tensor& sum_vd, const Tensor& dlogits_rv, const Tensor& x_rd) const {
+    each_slab([&](int64_t from, int64_t count) {
+      auto slab = sum_vd.narrow(0, from, count);
+      add_product(slab, dlogits_rv.narrow(1, from, count).to(operand_).t(), x_rd);
+    });
+  }
+
+ private:
+  Tensor product(const Tensor& a, const Tensor& b) const {
+    return operand_ == compute_ ? at::mm(a, b) : at::mm(a, b, compute_);
+  }
+  void add_product(Tensor& sum, const Tensor& a, const Tensor& b) const {
+    if (operand_ == compute_) {
+      sum.addmm_(a, b);
+    } else {
+      sum.add_(product(a, b));
+    }
+  }
+  template <class F>
+  void each_slab(const F& f) const {
+    const int64_t vocab = weight_.size(0);
+    for (int64_t from = 0; from < vocab; from += slab_) f(from, std::min(slab_, vocab - from));
+  }
+
+  Tensor weight_;
+  at::ScalarType compute_, operand_;
+  int64_t slab_ = 0;
+};
+
+// z of a chunk, before bias, scale and softcap are applied -> after. Overwrites it.
+void finish_logits(Tensor& z, const OptionalTensor& bias,
+                   const LinearCrossEntropyOptions& options) {
+  if (bias) z.add_(*bias);
+  if (options.logit_scale() != 1) z.mul_(options.logit_scale());
+  if (options.softcap() > 0) z.div_(options.softcap()).tanh_().mul_(options.softcap());
+}
+
+// exp(z - max) of a chunk, the target's kept apart from the rest: near a loss of 0 the rest is the
+// loss and the target's gradient, and would be lost in 1 - p.
+struct Exponentials {
+  Tensor rest_rv;          // 0 at the target
+  Tensor hit, rest_sum;    // of the target; of the rest
+  Tensor hit_logit;        // z_y - max
+  Tensor log_total, lse;   // relative to max; absolute
+  Tensor weighted_logits;  // sum_j w_j (z_j - max), with label smoothing only
+
+  Tensor total() const { return rest_sum + hit; }
+};
+
+// Overwrites z.
+Exponentials exponentials(Tensor& z, const Tensor& target, const OptionalTensor& class_weight,
+                          const LinearCrossEntropyOptions& options) {
+  Exponentials e;
+  const auto index = target.unsqueeze(1);
+  const auto max = z.amax(1, /*keepdim=*/true);
+  z.sub_(max);
+  e.hit_logit = z.gather(1, index).squeeze(1);
+  if (options.label_smoothing() > 0) {
+    e.weighted_logits = class_weight ? z.mv(*class_weight) : z.sum(1);
+  }
+  z.exp_();
+  e.hit = z.gather(1, index).squeeze(1);
+  z.scatter_(1, index, 0);
+  e.rest_sum = z.sum(1);
+  e.log_total = e.total().log();
+  e.lse = max.squeeze(1) + e.log_total;
+  e.rest_rv = z;
+  return e;
+}
+
+// Sum or maximum of each tile of the vocabulary, [rows, tiles].
+Tensor per_tile(const Tensor& rv, bool maximum) {
+  const int64_t vocab = rv.size(1), whole = vocab / kTile, rest = vocab % kTile;
+  std::vector<Tensor> parts;
+  if (whole > 0) {
+    const auto tiles = rv.narrow(1, 0, whole * kTile).unflatten(1, {whole, kTile});
+    parts.push_back(maximum ? tiles.amax(2) : tiles.sum(2));
+  }
+  if (rest > 0) {
+    const auto tail = rv.narrow(1, whole * kTile, rest);
+    parts.push_back(maximum ? tail.amax(1, true) : tail.sum(1, true));
+  }
+  return at::cat(parts, 1);
+}
+
+double filter_eps(const Tensor& hidden, const LinearCrossEntropyOptions& options) {
+  if (options.filter_eps()) return *options.filter_eps();
+  switch (hidden.scalar_type()) {
+    case at::kBFloat16:
+      return std::numeric_limits<c10::BFloat16>::epsilon() / 32.0;
+    case at::kHalf:
+      return std::numeric_limits<c10::Half>::epsilon() / 32.0;
+    case at::kFloat:
+      return std::numeric_limits<float>::epsilon() / 32.0;
+    default:
+      return std::numeric_limits<double>::epsilon() / 32.0;
+  }
+}
+
+// Which tiles of a chunk are kept, for every row of it: bool [rows, tiles].
+Tensor kept_tiles(const Exponentials& e, const Tensor& target, const Tensor& counted, double eps) {
+  const int64_t rows = target.size(0);
+  const auto probability = per_tile(e.rest_rv, /*maximum=*/true) / e.total().unsqueeze(1);
+  auto kept = probability.ge(eps).logical_and_(counted.unsqueeze(1));
+  kept.scatter_(1, target.div(kTile, "floor").unsqueeze(1), counted.unsqueeze(1));
+  const int64_t groups = (rows + kTile - 1) / kTile;
+  return at::constant_pad_nd(kept, {0, 0, 0, groups * kTile - rows})
+      .unflatten(0, {groups, kTile})
+      .any(1)
+      .repeat_interleave(kTile, 0)
+      .narrow(0, 0, rows);
+}
+
+void drop_tiles(Tensor& rv, const Tensor& kept) {
+  const int64_t vocab = rv.size(1), whole = vocab / kTile, rest = vocab % kTile;
+  const auto dropped = kept.logical_not();
+  if (whole > 0) {
+    auto tiles = rv.narrow(1, 0, whole * kTile).unflatten(1, {whole, kTile});
+    tiles.masked_fill_(dropped.narrow(1, 0, whole).unsqueeze(2), 0);
+  }
+  if (rest > 0) rv.narrow(1, whole * kTile, rest).masked_fill_(dropped.narrow(1, whole, 1), 0);
+}
+
+// One chunk of tokens and the vectors that describe it.
+struct Chunk {
+  Chunk(const Tokens& tokens, int64_t from, int64_t count)
+      : target(tokens.target.narrow(0, from, count)),
+        counted(tokens.counted.narrow(0, from, count)),
+        weight(tokens.weight.narrow(0, from, count)),
+        hit_weight(tokens.hit_weight.narrow(0, from, count)) {}
+
+  Tensor target, counted, weight, hit_weight;
+};
+
+// Constants of the smoothed targets: q_j w_j is `sharp` [j = y] w_y + `flat` w_j.
+struct Smoothing {
+  Smoothing(const LinearCrossEntropyOptions& options, const OptionalTensor& class_weight,
+            const Tensor& weight, at::ScalarType compute)
+      : sharp(1 - options.label_smoothing()),
+        flat(options.label_smoothing() / static_cast<double>(weight.size(0))) {
+    if (class_weight) class_weights = class_weight->to(compute);
+    class_sum = class_weights ? class_weights->sum()
+                              : at::full({}, static_cast<double>(weight.size(0)),
+                                         weight.options().dtype(compute));
+  }
+
+  double sharp, flat;
+  OptionalTensor class_weights;
+  Tensor class_sum;
+};
+
+Tensor row_loss(const Exponentials& e, const Chunk& chunk, const Smoothing& smoothing) {
+  const auto near = at::log1p(e.rest_sum / e.hit);
+  auto nll = at::where(e.hit_logit > kNearMaximum, near, e.log_total - e.hit_logit);
+  auto loss = nll * chunk.hit_weight * smoothing.sharp;
+  if (smoothing.flat > 0) {
+    loss += (smoothing.class_sum * e.log_total - e.weighted_logits) * smoothing.flat;
+  }
+  return loss;
+}
+
+// Overwrites e.rest_rv with dloss/dz. `rows` and `lse` are the upstream of each token's loss (its
+// weight included) and of its lse.
+Tensor logit_gradient(Exponentials& e, const Chunk& chunk, const Smoothing& smoothing,
+                      const Tensor& rows, const Tensor& lse, double z_loss) {
+  const auto inverse = e.total().reciprocal();
+  const auto sharp = rows * chunk.hit_weight * smoothing.sharp;
+  const auto flat = rows * smoothing.flat;
+  const auto spread = flat * smoothing.class_sum + rows * e.lse * (2 * z_loss) + lse;
+  const auto at_target = (spread * e.hit - sharp * e.rest_sum) * inverse - flat * chunk.hit_weight;
+  auto& d = e.rest_rv;
+  d.mul_(((sharp + spread) * inverse).unsqueeze(1));
+  if (smoothing.flat > 0) {
+    if (smoothing.class_weights) {
+      d.addcmul_(flat.unsqueeze(1), smoothing.class_weights->unsqueeze(0), -1);
+    } else {
+      d.sub_(flat.unsqueeze(1));
+    }
+  }
+  return d.scatter_(1, chunk.target.unsqueeze(1), at_target.unsqueeze(1));
+}
+
+}  // namespace
+
+Tokens describe_tokens(const Tensor& target, const Tensor& counted,
+                       const OptionalTensor& token_weight, const OptionalTensor& class_weight,
+                       int64_t vocab, at::ScalarType compute) {
+  Tokens t;
+  t.counted = counted;
+  const auto outside = target.lt(0).logical_or_(target.ge(vocab)).logical_and_(counted);
+  t.target = target.masked_fill(counted.logical_not().logical_or_(outside), 0);
+  t.weight = token_weight ? token_weight->to(compute)
+                          : at::ones(target.sizes(), target.options().dtype(compute));
+  t.weight = t.weight.masked_fill(counted.logical_not(), 0)
+                 .masked_fill_(outside, std::numeric_limits<double>::quiet_NaN());
+  t.hit_weight =
+      class_weight ? class_weight->to(compute).index_select(0, t.target) : at::ones_like(t.weight);
+  const auto sum = (t.weight * t.hit_weight).sum();
+  t.denominator = sum.masked_fill(sum.eq(0), 1);
+  return t;
+}
+
+ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight,
+                                      const OptionalTensor& bias,
+                                      const OptionalTensor& class_weight, const Tokens& tokens,
+                                      const LinearCrossEntropyOptions& options) {
+  const auto compute = tokens.weight.scalar_type();
+  const int64_t count = hidden.size(0);
+  const bool filters = options.grad_mode() != GradMode::kExact;
+  const Classifier classifier(hidden, weight, compute);
+  const Smoothing smoothing(options, class_weight, weight, compute);
+  ForwardRows out;
+  out.loss = at::empty({count}, tokens.weight.options());
+  out.lse = at::empty_like(out.loss);
+  out.z_loss = at::empty_like(out.loss);
+  out.correct =
+      at::empty({options.return_correct() ? count : 0}, out.loss.options().dtype(at::kBool));
+  out.dropped_mass = at::empty({filters ? count : 0}, out.loss.options());
+
+  const int64_t step = chunk_rows(hidden, weight.size(0), compute, options);
+  for (int64_t from = 0; from < count; from += step) {
+    const int64_t rows = std::min(step, count - from);
+    const Chunk chunk(tokens, from, rows);
+    const auto put = [&](Tensor& to, const Tensor& values) {
+      to.narrow(0, from, rows).copy_(values.masked_fill(chunk.counted.logical_not(), 0));
+    };
+    auto z = classifier.logits(classifier.rows(hidden.narrow(0, from, rows), chunk.counted));
+    finish_logits(z, bias, options);
+    if (options.return_correct()) put(out.correct, z.argmax(1).eq(chunk.target));
+    const auto e = exponentials(z, chunk.target, smoothing.class_weights, options);
+    const auto squared = e.lse.square() * options.z_loss();
+    put(out.loss, (row_loss(e, chunk, smoothing) + squared) * chunk.weight);
+    put(out.z_loss, squared * chunk.weight);
+    put(out.lse, e.lse);
+    if (filters) {
+      const auto kept = kept_tiles(e, chunk.target, chunk.counted, filter_eps(hidden, options));
+      const auto mass = per_tile(e.rest_rv, /*maximum=*/false).masked_fill(kept, 0).sum(1);
+      put(out.dropped_mass, mass / e.total());
+    }
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
+    const Tensor& grad_rows, const Tensor& grad_lse, const Tensor& hidden, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& class_weight, const Tokens& tokens,
+    const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted) {
+  const auto compute = tokens.weight.scalar_type();
+  const int64_t count = hidden.size(0), vocab = weight.size(0);
+  const Classifier classifier(hidden, weight, compute);
+  const Smoothing smoothing(options, class_weight, weight, compute);
+  const auto sums = weight.options().dtype(compute);
+  Tensor grad_hidden = at::empty({0}, hidden.options());
+  if (wanted[0]) grad_hidden = at::empty(hidden.sizes(), hidden.options());
+  Tensor grad_weight = wanted[1] ? at::zeros(weight.sizes(), sums) : at::empty({0}, sums);
+  Tensor grad_bias = wanted[2] ? at::zeros({vocab}, sums) : at::empty({0}, sums);
+  const auto ignored = tokens.counted.logical_not();
+  // The derivative of u enters where everything is linear: in the upstream.
+  const auto rows_upstream =
+      (grad_rows.to(compute) * tokens.weight * options.logit_scale()).masked_fill(ignored, 0);
+  const auto lse_upstream = (grad_lse.to(compute) * options.logit_scale()).masked_fill(ignored, 0);
+
+  const int64_t step = chunk_rows(hidden, vocab, compute, options);
+  for (int64_t from = 0; from < count; from += step) {
+    const int64_t rows = std::min(step, count - from);
+    const Chunk chunk(tokens, from, rows);
+    const auto x = classifier.rows(hidden.narrow(0, from, rows), chunk.counted);
+    auto z = classifier.logits(x);
+    finish_logits(z, bias, options);
+    Tensor slope;
+    if (options.softcap() > 0) slope = z.div(options.softcap()).square_().neg_().add_(1);
+    auto e = exponentials(z, chunk.target, smoothing.class_weights, options);
+    Tensor kept;
+    if (options.grad_mode() != GradMode::kExact) {
+      kept = kept_tiles(e, chunk.target, chunk.counted, filter_eps(hidden, options));
+    }
+    auto d = logit_gradient(e, chunk, smoothing, rows_upstream.narrow(0, from, rows),
+                            lse_upstream.narrow(0, from, rows), options.z_loss());
+    if (slope.defined()) d.mul_(slope);
+    slope.reset();
+    if (options.grad_mode() == GradMode::kFilter) drop_tiles(d, kept);
+    if (wanted[1]) classifier.add_weight_gradient(grad_weight, d, x);
+    if (wanted[2]) grad_bias.add_(d.sum(0));
+    if (options.grad_mode() == GradMode::kFilterHidden) drop_tiles(d, kept);
+    if (wanted[0]) grad_hidden.narrow(0, from, rows).copy_(classifier.hidden_gradient(d));
+  }
+  return {grad_hidden, grad_weight.to(weight.scalar_type()), grad_bias.to(weight.scalar_type())};
+}
+
+}  // namespace ounce::reference

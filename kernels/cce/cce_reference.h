@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: MIT
+// The definition of linear_cross_entropy, composed from ATen, chunked over tokens. Inputs are
+// already checked; hidden is [N, D] and per-token tensors are [N], aligned with hidden (shift is
+// applied by the caller).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ounce/kernels/cce/cce.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace ounce::reference {
+
+// What the loss needs to know of each token.
+struct Tokens {
+  at::Tensor target;       // int64, 0 where not counted
+  at::Tensor counted;      // bool
+  at::Tensor weight;       // t_m, 0 where not counted, NaN for a target outside the vocabulary
+  at::Tensor hit_weight;   // class weight of the target, 1 without class weights
+  at::Tensor denominator;  // scalar sum of weight * hit_weight, 1 where that is 0
+};
+
+// target [N] int64, counted [N] bool. Floating results in `compute`.
+Tokens describe_tokens(const at::Tensor& target, const at::Tensor& counted,
+                       const std::optional<at::Tensor>& token_weight,
+                       const std::optional<at::Tensor>& class_weight, int64_t vocab,
+                       at::ScalarType compute);
+
+struct ForwardRows {
+  at::Tensor loss, lse, z_loss;  // [N], not reduced, 0 where not counted
+  at::Tensor correct;            // [N] bool, or [0] when not asked for
+  at::Tensor dropped_mass;       // [N], or [0] with GradMode::kExact
+};
+
+ForwardRows linear_cross_entropy_rows(const at::Tensor& hidden, const at::Tensor& weight,
+                                      const std::optional<at::Tensor>& bias,
+                                      const std::optional<at::Tensor>& class_weight,
+                                      const Tokens& tokens,
+                                      const LinearCrossEntropyOptions& options);
+
+// grad_rows and grad_lse [N]: upstream of the rows above. Gradients of hidden, weight and bias,
+// each an empty [0] tensor where `wanted` is false.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_rows_backward(
+    const at::Tensor& grad_rows, const at::Tensor& grad_lse, const at::Tensor& hidden,
+    const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& class_weight, const Tokens& tokens,
+    const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted);
+
+}  // namespace ounce::reference
