@@ -3,6 +3,7 @@
 // machine that each is compared with, measured in the same run.
 #include <ounce/core/check.h>
 #include <ounce/core/device.h>
+#include <ounce/core/options.h>
 #include <ounce/core/version.h>
 #include <ounce/ounce.h>
 #include <torch/torch.h>
