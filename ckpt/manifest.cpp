@@ -136,24 +136,6 @@ std::string self_sum(std::string_view text) {
   return sum.digits();
 }
 
-// Before the parser sees the text: it would follow any nesting.
-void check_nesting(std::string_view text) {
-  int depth = 0;
-  bool quoted = false;
-  for (size_t i = 0; i < text.size(); ++i) {
-    const char c = text[i];
-    if (quoted) {
-      if (c == '\\') ++i;
-      if (c == '"') quoted = false;
-      continue;
-    }
-    if (c == '"') quoted = true;
-    if (c == '[' || c == '{') ++depth;
-    if (c == ']' || c == '}') --depth;
-    require(depth <= kMostNesting, "nested deeper than " + std::to_string(kMostNesting));
-  }
-}
-
 const Json& member(const Json& json, const char* key) {
   require(json.is_object() && json.contains(key), std::string("no '") + key + "'");
   return json[key];
@@ -338,7 +320,7 @@ Manifest parse_manifest(std::string_view text) {
   require(text.size() > kStart.size() + kDigits && text.substr(0, kStart.size()) == kStart,
           "it does not begin like one");
   require(text.substr(kStart.size(), kDigits) == self_sum(text), "its sum does not match");
-  check_nesting(text);
+  require(nesting_of(text) <= kMostNesting, "nested too deeply");
   const auto json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   require(json.is_object(), "it is not JSON");
   Manifest manifest;
@@ -390,6 +372,23 @@ std::vector<std::pair<int64_t, int64_t>> rest_of_file(const Manifest& manifest, 
   }
   if (end < manifest.files[file].size) rest.emplace_back(end, manifest.files[file].size);
   return rest;
+}
+
+int nesting_of(std::string_view json) {
+  int depth = 0, most = 0;
+  bool quoted = false;
+  for (size_t i = 0; i < json.size(); ++i) {
+    const char c = json[i];
+    if (quoted) {
+      if (c == '\\') ++i;
+      if (c == '"') quoted = false;
+      continue;
+    }
+    if (c == '"') quoted = true;
+    if (c == '[' || c == '{') most = std::max(most, ++depth);
+    if (c == ']' || c == '}') --depth;
+  }
+  return most;
 }
 
 std::string step_name(int64_t step) {

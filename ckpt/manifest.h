@@ -73,6 +73,9 @@ Manifest parse_manifest(std::string_view text);
 // Byte ranges [first, second) of a file that no tensor covers, in order.
 std::vector<std::pair<int64_t, int64_t>> rest_of_file(const Manifest& manifest, int64_t file);
 
+// How deep brackets nest in a JSON text; a parser follows any nesting, so this is asked before it.
+int nesting_of(std::string_view json);
+
 // "step_0000001000" and back; -1 for any other name.
 std::string step_name(int64_t step);
 int64_t parse_step_name(std::string_view name);

@@ -11,10 +11,10 @@
 // fp64 inputs). Decays are only multiplied, never divided, so that any g <= 0 is exact, -inf too
 // (a_t = 0: the state is dropped). g > 0 is not checked for and grows without bound.
 //
-// Every function is also torch.ops.ounce.<name>: autograd (first order), Meta, autocast (casts q, k,
-// v; leaves g and states). No host synchronisation, deterministic; all sizes may be 0 except K and V.
-// Throws ounce::Error (Fault::kUsage) for shapes, dtypes, devices and options that do not fit; values
-// of cu_seqlens that do not fit are an error on a CPU and a device assertion on a GPU.
+// Every function is also torch.ops.ounce.<name>: autograd (first order), Meta, autocast (casts q,
+// k, v; leaves g and states). No host synchronisation, deterministic; all sizes may be 0 except K
+// and V. Throws ounce::Error (Fault::kUsage) for shapes, dtypes, devices and options that do not
+// fit; values of cu_seqlens that do not fit are an error on a CPU and a device assertion on a GPU.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -45,19 +45,19 @@ struct GlaOptions {
   GlaGate gate = GlaGate::kLogDecay;
   double gate_normalizer = 16;
   std::optional<double> clamp_min;  // least log decay, <= 0: log a = max(log a, clamp_min)
-  bool reverse = false;             // the recurrence runs from each sequence's last token to its first
+  bool reverse = false;  // the recurrence runs from each sequence's last token to its first
   GlaStateLayout state_layout = GlaStateLayout::kKV;
   // The following change speed and memory alone; the reference path takes no notice of them.
   std::string implementation = "auto";  // auto | fused | reference
   std::string intra = "tf32";           // products inside a chunk: tf32 | bf16 | fp32
-  int64_t states_every = 0;             // chunks between states kept for backward; 0 = recompute all
-  int64_t segments = 0;                 // pieces a sequence is split into; 0 = automatic
-  std::optional<int64_t> max_seqlen;    // longest sequence of cu_seqlens
+  int64_t states_every = 0;           // chunks between states kept for backward; 0 = recompute all
+  int64_t segments = 0;               // pieces a sequence is split into; 0 = automatic
+  std::optional<int64_t> max_seqlen;  // longest sequence of cu_seqlens
 };
 
 // (o, final_state). initial_state [n, Hv, K, V] fp32 (fp64 for fp64 inputs), absent = zeros, n = b.
-// With cu_seqlens (int32 or int64, [n + 1], from 0 to t, not decreasing, on the inputs' device) b is 1
-// and row 0 holds n sequences one after the other, empty ones allowed; packed equals separate.
+// With cu_seqlens (int32 or int64, [n + 1], from 0 to t, not decreasing, on the inputs' device) b
+// is 1 and row 0 holds n sequences one after the other, empty ones allowed; packed equals separate.
 // final_state is undefined unless options.output_final_state; that of an empty sequence is its
 // initial state. Both states and q, k, v, g are differentiable.
 // Computes in chunks of 32 tokens (64 on a GPU). Allocates o and, until it returns, copies of the
@@ -75,8 +75,8 @@ std::tuple<at::Tensor, at::Tensor> fused_recurrent_gla(
     const std::optional<at::Tensor>& cu_seqlens = {}, const GlaOptions& options = {});
 
 // Feeds t <= 8 tokens a sequence to `state` [slots, Hv, K, V] (any floating dtype) and returns o.
-// Row i of the batch uses slot state_indices[i] (int32 or int64 [b], distinct, in range), slot i when
-// absent. Not differentiable; options.reverse is refused, output_final_state ignored.
+// Row i of the batch uses slot state_indices[i] (int32 or int64 [b], distinct, in range), slot i
+// when absent. Not differentiable; options.reverse is refused, output_final_state ignored.
 at::Tensor gla_step_(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                      const at::Tensor& g, at::Tensor& state,
                      const std::optional<at::Tensor>& state_indices = {},
@@ -89,17 +89,17 @@ std::tuple<at::Tensor, at::Tensor> naive_recurrent_gla(
     const std::optional<at::Tensor>& initial_state = {},
     const std::optional<at::Tensor>& cu_seqlens = {}, const GlaOptions& options = {});
 
-// Settings of the layer. Names and defaults follow flash-linear-attention's layer, so that its weights
-// load by name.
+// Settings of the layer. Names and defaults follow flash-linear-attention's layer, so that its
+// weights load by name.
 struct GlaLayerOptions {
   int64_t heads = 4;
-  int64_t kv_heads = 0;           // 0 = heads; else a divisor of heads
-  double expand_k = 0.5;          // key width over all heads / dim
-  double expand_v = 1.0;          // value width over all heads / dim
+  int64_t kv_heads = 0;              // 0 = heads; else a divisor of heads
+  double expand_k = 0.5;             // key width over all heads / dim
+  double expand_v = 1.0;             // value width over all heads / dim
   std::string feature_map = "none";  // on q and k: none | relu | elu | silu | gelu | swish
-  int64_t conv_size = 0;          // causal depthwise convolution and SiLU on q, k, v; 0 = off
+  int64_t conv_size = 0;             // causal depthwise convolution and SiLU on q, k, v; 0 = off
   bool conv_bias = false;
-  bool output_gate = true;        // o = norm(o) * SiLU(g_proj(x))
+  bool output_gate = true;  // o = norm(o) * SiLU(g_proj(x))
   double norm_eps = 1e-5;
   double gate_normalizer = 16;
   int64_t gate_low_rank = 16;
@@ -107,8 +107,9 @@ struct GlaLayerOptions {
   std::string implementation = "auto";
 };
 
-// y_t = SiLU(bias + sum_j weight[:, 0, j] x_{t - size + 1 + j}) over [b, t, channels]; tokens before the
-// start of a document count as zero. Parameters: weight [channels, 1, size], bias [channels] or none.
+// y_t = SiLU(bias + sum_j weight[:, 0, j] x_{t - size + 1 + j}) over [b, t, channels]; tokens
+// before the start of a document count as zero. Parameters: weight [channels, 1, size], bias
+// [channels] or none.
 class ShortConvolution : public torch::nn::Module {
  public:
   ShortConvolution(int64_t channels, int64_t size, bool bias);
@@ -125,10 +126,10 @@ class ShortConvolution : public torch::nn::Module {
 };
 
 // The mixer "gla": q, k, v, gate and output projections around chunk_gla, a per-head RMSNorm and a
-// SiLU output gate. Parameters: q_proj, k_proj, v_proj, g_proj, o_proj (no bias), gk_proj.0 (no bias),
-// gk_proj.1 (bias), g_norm.weight [V], {q,k,v}_conv1d. State: recurrent [b, kv_heads, K, V] fp32, and
-// conv_{q,k,v} [b, conv_size - 1, width]. Pieces of at most 8 tokens without gradients go through
-// gla_step_, which updates the recurrent state in place.
+// SiLU output gate. Parameters: q_proj, k_proj, v_proj, g_proj, o_proj (no bias), gk_proj.0 (no
+// bias), gk_proj.1 (bias), g_norm.weight [V], {q,k,v}_conv1d. State: recurrent [b, kv_heads, K, V]
+// fp32, and conv_{q,k,v} [b, conv_size - 1, width]. Pieces of at most 8 tokens without gradients go
+// through gla_step_, which updates the recurrent state in place.
 class GatedLinearAttention : public Mixer {
  public:
   GatedLinearAttention(int64_t dim, const GlaLayerOptions& options);
@@ -145,8 +146,8 @@ class GatedLinearAttention : public Mixer {
   std::shared_ptr<ShortConvolution> q_conv1d, k_conv1d, v_conv1d;  // null without a convolution
 
  private:
-  at::Tensor mix(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& gate,
-                 SequenceContext& context);
+  at::Tensor mix(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                 const at::Tensor& gate, SequenceContext& context);
 
   GlaLayerOptions options_;
   GlaOptions op_options_;

@@ -8,9 +8,9 @@
 
 namespace ounce::gla {
 
-// Where tokens lie when sequences are cut into chunks: [chunks, rows, c, .], chunks of one sequence in
-// order, the last one padded. Rows are the batch; packed sequences share one row, each starting at a
-// chunk of its own, so that chunk tables have shapes known without their values.
+// Where tokens lie when sequences are cut into chunks: [chunks, rows, c, .], chunks of one sequence
+// in order, the last one padded. Rows are the batch; packed sequences share one row, each starting
+// at a chunk of its own, so that chunk tables have shapes known without their values.
 class ChunkLayout {
  public:
   ChunkLayout(const Inputs& in, bool reverse);
@@ -26,8 +26,8 @@ class ChunkLayout {
   int64_t chunks = 0, rows = 1, heads = 1, chunk = 1, sequences = 1;
   at::ScalarType dtype;
   bool packed = false;
-  // Packed only. Of each chunk: its sequence, whether it is that sequence's last. Of each sequence: its
-  // first and last chunk (any chunk for an empty one) and whether it is empty.
+  // Packed only. Of each chunk: its sequence, whether it is that sequence's last. Of each sequence:
+  // its first and last chunk (any chunk for an empty one) and whether it is empty.
   Tensor chunk_sequence, is_last, first_chunk, last_chunk, is_empty;
 
   // [chunks, rows * heads, ...] view of [chunks * rows * heads, ...].
@@ -71,7 +71,8 @@ inline void ChunkLayout::index_packed(const Tensor& cu_seqlens, int64_t tokens) 
   const auto options = cu_seqlens.options();
 
   const auto index = at::arange(chunks, options);
-  chunk_sequence = at::searchsorted(chunk_ends, index, false, /*right=*/true).clamp_max(sequences - 1);
+  chunk_sequence =
+      at::searchsorted(chunk_ends, index, false, /*right=*/true).clamp_max(sequences - 1);
   const auto offset = (index - chunk_starts.index_select(0, chunk_sequence)) * chunk;
   const auto start = starts.index_select(0, chunk_sequence);
   const auto end = ends.index_select(0, chunk_sequence);
@@ -96,7 +97,8 @@ inline void ChunkLayout::index_packed(const Tensor& cu_seqlens, int64_t tokens) 
 inline Tensor ChunkLayout::split(const Tensor& x, double fill) const {
   Tensor padded = x;
   if (packed) {
-    padded = x.squeeze(0).index_select(0, slot_token_).masked_fill_(slot_padding_, fill).unsqueeze(0);
+    padded =
+        x.squeeze(0).index_select(0, slot_token_).masked_fill_(slot_padding_, fill).unsqueeze(0);
   } else {
     if (reverse_) padded = padded.flip(1);
     const int64_t missing = chunks * chunk - tokens_;
@@ -128,7 +130,7 @@ inline Tensor ChunkLayout::split_state(const Tensor& state, bool v_first) const 
 }
 
 inline Tensor ChunkLayout::merge_state(const Tensor& state, int64_t heads_v, bool v_first,
-                                bool add_heads) const {
+                                       bool add_heads) const {
   const int64_t k = state.size(-2), v = state.size(-1);
   auto s = state.reshape({sequences * rows, heads_v, heads / heads_v, k, v});
   s = add_heads ? s.sum(2) : s.select(2, 0);

@@ -24,8 +24,8 @@ at::Tensor apply_feature_map(const at::Tensor& x, const std::string& name) {
 int64_t width(double expand, int64_t dim, int64_t heads, const char* key) {
   const auto total = static_cast<int64_t>(std::llround(expand * static_cast<double>(dim)));
   OUNCE_CHECK(total >= heads && total % heads == 0, "[gla] expected ", key,
-              " * dim to be a multiple of heads, got ", expand, " * ", dim, " = ", total, " for ", heads,
-              " heads");
+              " * dim to be a multiple of heads, got ", expand, " * ", dim, " = ", total, " for ",
+              heads, " heads");
   return total;
 }
 
@@ -42,10 +42,11 @@ at::Tensor document_positions(const SequenceContext& context, int64_t batch, int
 }  // namespace
 
 ShortConvolution::ShortConvolution(int64_t channels, int64_t size, bool with_bias) : size_(size) {
-  OUNCE_CHECK(channels > 0 && size > 0, "[ShortConvolution] expected positive sizes, got channels = ",
-              channels, ", size = ", size);
+  OUNCE_CHECK(channels > 0 && size > 0,
+              "[ShortConvolution] expected positive sizes, got channels = ", channels,
+              ", size = ", size);
   weight = register_parameter("weight", torch::empty({channels, 1, size}));
-  bias = register_parameter("bias", with_bias ? torch::zeros({channels}) : at::Tensor());
+  if (with_bias) bias = register_parameter("bias", torch::zeros({channels}));
   const torch::NoGradGuard no_grad;
   weight.normal_(0, 1 / std::sqrt(static_cast<double>(size)));
 }
@@ -162,13 +163,12 @@ MixerState GatedLinearAttention::make_state(int64_t batch, int64_t /*max_length*
   const auto& weight = q_proj->weight;
   const auto dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   MixerState state;
-  state.tensors["recurrent"] =
-      at::zeros({batch, kv_heads_, head_k_, head_v_}, weight.options().dtype(dtype).requires_grad(false));
+  state.tensors["recurrent"] = at::zeros({batch, kv_heads_, head_k_, head_v_},
+                                         weight.options().dtype(dtype).requires_grad(false));
   if (q_conv1d) {
     auto add = [&](const char* name, const nn::Linear& projection) {
-      state.tensors[name] =
-          at::zeros({batch, options_.conv_size - 1, projection->weight.size(0)},
-                    weight.options().dtype(dtype).requires_grad(false));
+      state.tensors[name] = at::zeros({batch, options_.conv_size - 1, projection->weight.size(0)},
+                                      weight.options().dtype(dtype).requires_grad(false));
     };
     add("conv_q", q_proj);
     add("conv_k", k_proj);
@@ -222,7 +222,8 @@ implementation = "auto" # auto | fused | reference
         layer.norm_eps = o.number("norm_eps");
         layer.gate_normalizer = o.number("gate_normalizer");
         layer.gate_low_rank = o.positive("gate_low_rank");
-        if (const double least = o.number("clamp_min"); std::isfinite(least)) layer.clamp_min = least;
+        if (const double least = o.number("clamp_min"); std::isfinite(least))
+          layer.clamp_min = least;
         layer.implementation = o.choice("implementation", {"auto", "fused", "reference"});
         return std::make_shared<GatedLinearAttention>(context.dim, layer);
       });

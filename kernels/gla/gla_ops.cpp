@@ -25,9 +25,7 @@ Inputs to_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 }
 
 // Stands for a result that was not asked for.
-Tensor no_state(const Tensor& q) {
-  return at::empty({0}, q.options().dtype(compute_dtype(q)));
-}
+Tensor no_state(const Tensor& q) { return at::empty({0}, q.options().dtype(compute_dtype(q))); }
 
 struct ChunkWise {
   static constexpr const char* kName = "chunk_gla";
@@ -48,6 +46,17 @@ struct Step {
   static constexpr int64_t kMaxTokens = 8;
 };
 
+Tensor autocast(const Tensor& x) {
+  const auto device = x.device().type();
+  return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device);
+}
+
+template <class Op, class... Tensors>
+auto call(const GlaOptions& options, Tensors&&... tensors);
+template <class Op>
+class GlaFunction;
+template <class Op>
+class FirstDerivative;
 
 // Kernels, whose arguments are tensors and then the list of options.
 template <class Options>
@@ -78,19 +87,27 @@ struct Kernels<std::tuple<O...>> {
 
   template <class Op>
   static Pair forward_autograd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                               const OptionalTensor& state, const OptionalTensor& cu, O... o);
+                               const OptionalTensor& state, const OptionalTensor& cu, O... o) {
+    const auto options = to_options({o...}, Op::kName);
+    const auto out = GlaFunction<Op>::apply(q, k, v, g, state, cu, options);
+    return {out[0], out[1]};
+  }
 
   template <class Op>
   static Pair forward_autocast(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                               const OptionalTensor& state, const OptionalTensor& cu, O... o);
+                               const OptionalTensor& state, const OptionalTensor& cu, O... o) {
+    const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+    return call<Op>(to_options({o...}, Op::kName), autocast(q), autocast(k), autocast(v), g, state,
+                    cu);
+  }
 
   static Quintuple backward(const Tensor& grad_o, const OptionalTensor& grad_state, const Tensor& q,
                             const Tensor& k, const Tensor& v, const Tensor& g,
                             const OptionalTensor& state, const OptionalTensor& cu, O... o) {
     const auto options = check_call(q, k, v, g, state, cu, {o...}, Backward::kName);
     check_boundaries(cu, q.size(1), Backward::kName);
-    auto d = chunk_backward(grad_o, grad_state.value_or(Tensor()),
-                            to_inputs(q, k, v, g, state, cu), options);
+    auto d = chunk_backward(grad_o, grad_state.value_or(Tensor()), to_inputs(q, k, v, g, state, cu),
+                            options);
     return {d.q, d.k, d.v, d.g, state ? d.initial_state : no_state(q)};
   }
 
@@ -104,7 +121,22 @@ struct Kernels<std::tuple<O...>> {
   static Quintuple backward_autograd(const Tensor& grad_o, const OptionalTensor& grad_state,
                                      const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& g, const OptionalTensor& state,
-                                     const OptionalTensor& cu, O... o);
+                                     const OptionalTensor& cu, O... o) {
+    const auto options = to_options({o...}, Backward::kName);
+    const auto d =
+        FirstDerivative<Backward>::apply(grad_o, grad_state, q, k, v, g, state, cu, options);
+    return {d[0], d[1], d[2], d[3], d[4]};
+  }
+
+  // Backward may run while autocast is on; its products must not be cast.
+  static Quintuple backward_autocast(const Tensor& grad_o, const OptionalTensor& grad_state,
+                                     const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& g, const OptionalTensor& state,
+                                     const OptionalTensor& cu, O... o) {
+    const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+    const auto options = to_options({o...}, Backward::kName);
+    return call<Backward>(options, grad_o, grad_state, q, k, v, g, state, cu);
+  }
 
   static GlaOptions check_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                                const Tensor& state, const OptionalTensor& indices, O... o) {
@@ -113,23 +145,23 @@ struct Kernels<std::tuple<O...>> {
     OUNCE_CHECK(q.sym_size(1) <= Step::kMaxTokens, "[", op, "] expected at most ", Step::kMaxTokens,
                 " tokens, got ", q.sym_size(1), "; use chunk_gla");
     OUNCE_CHECK(!options.reverse, "[", op, "] expected reverse = false, got true");
-    OUNCE_CHECK(state.dim() == 4 && at::isFloatingType(state.scalar_type()) &&
-                    state.device() == q.device(),
-                "[", op, "] expected a floating state of 4 dimensions on ", q.device(), ", got ",
-                state.scalar_type(), " ", state.sym_sizes(), " on ", state.device());
+    OUNCE_CHECK(
+        state.dim() == 4 && at::isFloatingType(state.scalar_type()) && state.device() == q.device(),
+        "[", op, "] expected a floating state of 4 dimensions on ", q.device(), ", got ",
+        state.scalar_type(), " ", state.sym_sizes(), " on ", state.device());
     const auto shape = state_shape(indices ? state.sym_size(0) : q.sym_size(0), q, v, options);
     OUNCE_CHECK(state.sym_sizes() == c10::SymIntArrayRef(shape), "[", op, "] expected state ",
                 c10::SymIntArrayRef(shape), ", got ", state.sym_sizes());
-    OUNCE_CHECK(!indices || (indices->dim() == 1 && indices->sym_size(0) == q.sym_size(0) &&
-                             (indices->scalar_type() == at::kInt ||
-                              indices->scalar_type() == at::kLong)),
-                "[", op, "] expected state_indices as int32 or int64 [", q.sym_size(0), "], got ",
-                indices->scalar_type(), " ", indices->sym_sizes());
+    OUNCE_CHECK(
+        !indices || (indices->dim() == 1 && indices->sym_size(0) == q.sym_size(0) &&
+                     (indices->scalar_type() == at::kInt || indices->scalar_type() == at::kLong)),
+        "[", op, "] expected state_indices as int32 or int64 [", q.sym_size(0), "], got ",
+        indices->scalar_type(), " ", indices->sym_sizes());
     return options;
   }
 
-  static Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, Tensor& state,
-                     const OptionalTensor& indices, O... o) {
+  static Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                     Tensor& state, const OptionalTensor& indices, O... o) {
     auto options = check_step(q, k, v, g, state, indices, o...);
     options.output_final_state = true;
     const auto slots = indices ? indices->to(at::kLong) : Tensor();
@@ -151,10 +183,26 @@ struct Kernels<std::tuple<O...>> {
   }
 
   static Tensor step_autograd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                              Tensor& state, const OptionalTensor& indices, O... o);
+                              Tensor& state, const OptionalTensor& indices, O... o) {
+    const bool wanted = q.requires_grad() || k.requires_grad() || v.requires_grad() ||
+                        g.requires_grad() || state.requires_grad();
+    OUNCE_CHECK(!at::GradMode::is_enabled() || !wanted,
+                "[gla_step_] expected inputs without gradients; use chunk_gla or no_grad");
+    Tensor out;
+    {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      out = call<Step>(to_options({o...}, Step::kName), q, k, v, g, state, indices);
+    }
+    if (!state.is_inference()) torch::autograd::impl::bump_version(state);
+    return out;
+  }
 
   static Tensor step_autocast(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                              Tensor& state, const OptionalTensor& indices, O... o);
+                              Tensor& state, const OptionalTensor& indices, O... o) {
+    const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+    return call<Step>(to_options({o...}, Step::kName), autocast(q), autocast(k), autocast(v), g,
+                      state, indices);
+  }
 
   using ForwardSignature = decltype(forward<ChunkWise>);
   using BackwardSignature = decltype(backward);
@@ -178,10 +226,11 @@ struct SignatureOf<Step> {
 
 // The operator `Op` of the dispatcher, with the options spread out as its last arguments.
 template <class Op, class... Tensors>
-auto call(const GlaOptions& options, Tensors&... tensors) {
-  static const auto handle = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow((std::string("ounce::") + Op::kName).c_str(), "")
-                                 .template typed<typename SignatureOf<Op>::type>();
+auto call(const GlaOptions& options, Tensors&&... tensors) {
+  static const auto handle =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow((std::string("ounce::") + Op::kName).c_str(), "")
+          .template typed<typename SignatureOf<Op>::type>();
   return std::apply([&](const auto&... o) { return handle.call(tensors..., o...); },
                     to_arguments(options));
 }
@@ -234,98 +283,43 @@ class GlaFunction : public torch::autograd::Function<GlaFunction<Op>> {
   }
 };
 
-class NoSecondDerivative : public torch::autograd::Function<NoSecondDerivative> {
+// The backward operator, which has no derivative of its own.
+template <class Op>
+class FirstDerivative : public torch::autograd::Function<FirstDerivative<Op>> {
  public:
   static variable_list forward(AutogradContext* /*ctx*/, const Tensor& grad_o,
                                const OptionalTensor& grad_state, const Tensor& q, const Tensor& k,
                                const Tensor& v, const Tensor& g, const OptionalTensor& state,
                                const OptionalTensor& cu, const GlaOptions& options) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [dq, dk, dv, dg, dstate] =
-        call<Backward>(options, grad_o, grad_state, q, k, v, g, state, cu);
+    auto [dq, dk, dv, dg, dstate] = call<Op>(options, grad_o, grad_state, q, k, v, g, state, cu);
     return {dq, dk, dv, dg, dstate};
   }
 
   static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    fail(Fault::kUsage, "[chunk_gla] expected first derivatives only, got double backward; "
-                        "differentiate naive_recurrent_gla");
+    fail(Fault::kUsage,
+         "[chunk_gla] expected first derivatives only, got double backward; "
+         "differentiate naive_recurrent_gla");
   }
 };
-
-template <class... O>
-template <class Op>
-Pair Kernels<std::tuple<O...>>::forward_autograd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                 const Tensor& g, const OptionalTensor& state,
-                                                 const OptionalTensor& cu, O... o) {
-  const auto options = to_options({o...}, Op::kName);
-  const auto out = GlaFunction<Op>::apply(q, k, v, g, state, cu, options);
-  return {out[0], out[1]};
-}
-
-template <class... O>
-template <class Op>
-Pair Kernels<std::tuple<O...>>::forward_autocast(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                 const Tensor& g, const OptionalTensor& state,
-                                                 const OptionalTensor& cu, O... o) {
-  const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
-  const auto device = q.device().type();
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  auto cast = [&](const Tensor& x) { return at::autocast::cached_cast(dtype, x, device); };
-  const auto q_cast = cast(q), k_cast = cast(k), v_cast = cast(v);
-  return call<Op>(to_options({o...}, Op::kName), q_cast, k_cast, v_cast, g, state, cu);
-}
-
-template <class... O>
-Quintuple Kernels<std::tuple<O...>>::backward_autograd(
-    const Tensor& grad_o, const OptionalTensor& grad_state, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& g, const OptionalTensor& state, const OptionalTensor& cu, O... o) {
-  const auto options = to_options({o...}, Backward::kName);
-  const auto d =
-      NoSecondDerivative::apply(grad_o, grad_state, q, k, v, g, state, cu, options);
-  return {d[0], d[1], d[2], d[3], d[4]};
-}
-
-template <class... O>
-Tensor Kernels<std::tuple<O...>>::step_autograd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                const Tensor& g, Tensor& state,
-                                                const OptionalTensor& indices, O... o) {
-  const bool wanted = q.requires_grad() || k.requires_grad() || v.requires_grad() ||
-                      g.requires_grad() || state.requires_grad();
-  OUNCE_CHECK(!at::GradMode::is_enabled() || !wanted,
-              "[gla_step_] expected inputs without gradients; use chunk_gla or no_grad");
-  Tensor out;
-  {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    out = call<Step>(to_options({o...}, Step::kName), q, k, v, g, state, indices);
-  }
-  if (!state.is_inference()) torch::autograd::impl::bump_version(state);
-  return out;
-}
-
-template <class... O>
-Tensor Kernels<std::tuple<O...>>::step_autocast(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                const Tensor& g, Tensor& state,
-                                                const OptionalTensor& indices, O... o) {
-  const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
-  const auto device = q.device().type();
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  auto cast = [&](const Tensor& x) { return at::autocast::cached_cast(dtype, x, device); };
-  const auto q_cast = cast(q), k_cast = cast(k), v_cast = cast(v);
-  return call<Step>(to_options({o...}, Step::kName), q_cast, k_cast, v_cast, g, state, indices);
-}
 
 TORCH_LIBRARY_FRAGMENT(ounce, m) {
   const std::string options = kOptionSchema;
   const std::string inputs =
       "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state=None, "
-      "Tensor? cu_seqlens=None, " + options + ") -> (Tensor, Tensor)";
+      "Tensor? cu_seqlens=None, " +
+      options + ") -> (Tensor, Tensor)";
   m.def(("chunk_gla" + inputs).c_str());
   m.def(("fused_recurrent_gla" + inputs).c_str());
-  m.def(("chunk_gla_backward(Tensor grad_o, Tensor? grad_final_state, Tensor q, Tensor k, Tensor v, "
-         "Tensor g, Tensor? initial_state=None, Tensor? cu_seqlens=None, " + options +
-         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)").c_str());
+  m.def(
+      ("chunk_gla_backward(Tensor grad_o, Tensor? grad_final_state, Tensor q, Tensor k, Tensor v, "
+       "Tensor g, Tensor? initial_state=None, Tensor? cu_seqlens=None, " +
+       options + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+          .c_str());
   m.def(("gla_step_(Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, "
-         "Tensor? state_indices=None, " + options + ") -> Tensor").c_str());
+         "Tensor? state_indices=None, " +
+         options + ") -> Tensor")
+            .c_str());
 }
 
 TORCH_LIBRARY_IMPL(ounce, CompositeExplicitAutograd, m) {
@@ -352,6 +346,7 @@ TORCH_LIBRARY_IMPL(ounce, Autograd, m) {
 void register_autocast(torch::Library& m) {
   m.impl("chunk_gla", GlaKernels::forward_autocast<ChunkWise>);
   m.impl("fused_recurrent_gla", GlaKernels::forward_autocast<Recurrent>);
+  m.impl("chunk_gla_backward", GlaKernels::backward_autocast);
   m.impl("gla_step_", GlaKernels::step_autocast);
 }
 TORCH_LIBRARY_IMPL(ounce, AutocastCPU, m) { register_autocast(m); }
@@ -394,6 +389,7 @@ std::tuple<at::Tensor, at::Tensor> naive_recurrent_gla(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
     const std::optional<at::Tensor>& initial_state, const std::optional<at::Tensor>& cu_seqlens,
     const GlaOptions& options) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
   const char* op = "naive_recurrent_gla";
   gla::check_call(q, k, v, g, initial_state, cu_seqlens, gla::to_arguments(options), op);
   gla::check_boundaries(cu_seqlens, q.size(1), op);

@@ -2,10 +2,10 @@
 // Chunkwise and recurrent gated linear attention from ATen operators.
 //
 // Decays inside a chunk are built as a tree: blocks of 1, 2, 4 .. tokens are joined pairwise, and
-// tokens of a right half meet tokens of a left half with the decay from the seam to the one times the
-// decay from the other to the seam. Both factors are products of decays, so nothing is divided,
-// subtracted in the log domain or anchored: no range of gates overflows or loses accuracy, a decay of
-// 0 is exact, and no test of the values is needed.
+// tokens of a right half meet tokens of a left half with the decay from the seam to the one times
+// the decay from the other to the seam. Both factors are products of decays, so nothing is divided,
+// subtracted in the log domain or anchored: no range of gates overflows or loses accuracy, a decay
+// of 0 is exact, and no test of the values is needed.
 #include <ATen/ATen.h>
 #include <ounce/kernels/gla/gla_chunk_layout.h>
 #include <ounce/kernels/gla/gla_reference.h>
@@ -162,8 +162,8 @@ Tensor scan_state_gradients(const ChunkLayout& layout, const Chunk& c, const Ten
   return grads;
 }
 
-// Of packed sequences: decay * state + left^T right in one chunk a sequence, `otherwise` (undefined =
-// 0) for empty ones.
+// Of packed sequences: decay * state + left^T right in one chunk a sequence, `otherwise` (undefined
+// = 0) for empty ones.
 Tensor edge_states(const ChunkLayout& layout, const Chunk& c, const Tensor& chunk_index,
                    const Tensor& states, const Tensor& left, const Tensor& right,
                    const Tensor& otherwise) {
@@ -267,7 +267,8 @@ Gradients chunk_backward(const Tensor& grad_out, const Tensor& grad_final, const
     Gradients out{at::zeros_like(in.q, at::MemoryFormat::Contiguous),
                   at::zeros_like(in.k, at::MemoryFormat::Contiguous),
                   at::zeros_like(in.v, at::MemoryFormat::Contiguous),
-                  at::zeros_like(in.g, at::MemoryFormat::Contiguous), {}};
+                  at::zeros_like(in.g, at::MemoryFormat::Contiguous),
+                  {}};
     if (in.initial_state.defined()) {
       out.initial_state = grad_final.defined()
                               ? grad_final.clone(at::MemoryFormat::Contiguous)
@@ -309,7 +310,8 @@ Gradients chunk_backward(const Tensor& grad_out, const Tensor& grad_final, const
   Gradients out{layout.merge(off.q, in.q.size(2), in.q.scalar_type()),
                 layout.merge(off.k, in.k.size(2), in.k.scalar_type()),
                 layout.merge(grad_v, in.v.size(2), in.v.scalar_type()),
-                gate_gradient(layout.merge(grad_g, in.g.size(2), layout.dtype), in.g, options), {}};
+                gate_gradient(layout.merge(grad_g, in.g.size(2), layout.dtype), in.g, options),
+                {}};
   if (in.initial_state.defined()) {
     auto first = layout.packed ? edge_states(layout, c, layout.first_chunk, grads.slice(0, 1),
                                              c.q * c.prefix, grad_o, last)

@@ -13,11 +13,11 @@ namespace ounce {
 namespace {
 
 using at::Tensor;
-using testing::CceCase;
-using testing::composed;
-using testing::message_of;
-using testing::random_case;
-using testing::relative_error;
+using cce_test::CceCase;
+using cce_test::composed;
+using cce_test::message_of;
+using cce_test::random_case;
+using cce_test::relative_error;
 
 // --- filtering ----------------------------------------------------------------------------------
 

@@ -44,8 +44,9 @@ std::vector<Tensor> gradients(const Tensor& loss, const std::vector<Tensor>& inp
 }
 
 // The definition, written out in fp64 for one sequence: q [t, H, K], g log decays, h0 [H, K, V].
-std::pair<Tensor, Tensor> recurrence(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                                     const Tensor& h0, double scale, bool reverse) {
+std::pair<Tensor, Tensor> recurrence(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& g, const Tensor& h0, double scale,
+                                     bool reverse) {
   auto state = h0;
   const int64_t t_count = q.size(0);
   std::vector<Tensor> out(t_count);
@@ -141,8 +142,8 @@ void expect_close(Function f, Call c, double bound, const std::string& what) {
   const int64_t k = c.q.size(3), v = c.v.size(3);
   const auto wide = c.q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto d_o = at::randn({c.q.size(0), c.q.size(1), heads, v}, c.v.options());
-  const auto d_ht = at::randn({n, c.v.size(2), v_first ? v : k, v_first ? k : v},
-                              c.q.options().dtype(wide));
+  const auto d_ht =
+      at::randn({n, c.v.size(2), v_first ? v : k, v_first ? k : v}, c.q.options().dtype(wide));
   const auto ref = oracle(c, d_o, d_ht);
   const auto got = run(f, c, d_o, d_ht);
   EXPECT_EQ(got.o.scalar_type(), c.v.scalar_type());
@@ -158,7 +159,8 @@ void expect_close(Function f, Call c, double bound, const std::string& what) {
     worst = std::max(worst, e);
   }
   testing::Test::RecordProperty(what, std::to_string(worst));
-  if (bound > 1e-9) std::printf("  %-28s worst error %.2e, bound %.0e\n", what.c_str(), worst, bound);
+  if (bound > 1e-9)
+    std::printf("  %-28s worst error %.2e, bound %.0e\n", what.c_str(), worst, bound);
 }
 
 Tensor gates(at::IntArrayRef shape, double normalizer, at::ScalarType dtype) {
@@ -279,8 +281,8 @@ TEST_F(Gla, HeadsAreShared) {
   struct Heads {
     int64_t q, k, v, g;
   };
-  for (const auto& h : {Heads{4, 2, 2, 2}, {4, 1, 1, 1}, {2, 2, 4, 2}, {2, 2, 4, 4}, {8, 2, 4, 4},
-                        {2, 1, 4, 1}}) {
+  for (const auto& h :
+       {Heads{4, 2, 2, 2}, {4, 1, 1, 1}, {2, 2, 4, 2}, {2, 2, 4, 4}, {8, 2, 4, 4}, {2, 1, 4, 1}}) {
     auto c = make(2, 40, 1, 8, 6, 1);
     c.q = at::randn({2, 40, h.q, 8}, at::kDouble);
     c.k = at::randn({2, 40, h.k, 8}, at::kDouble);
@@ -309,7 +311,8 @@ TEST_F(Gla, NonContiguousInputsAndRepeatability) {
   for (const auto* r : {&again, &other}) {
     EXPECT_TRUE(at::equal(plain.o, r->o));
     EXPECT_TRUE(at::equal(plain.ht, r->ht));
-    for (size_t i = 0; i < plain.grads.size(); ++i) EXPECT_TRUE(at::equal(plain.grads[i], r->grads[i]));
+    for (size_t i = 0; i < plain.grads.size(); ++i)
+      EXPECT_TRUE(at::equal(plain.grads[i], r->grads[i]));
   }
 }
 
@@ -321,8 +324,9 @@ TEST_F(Gla, PiecesAndStepsEqualTheWhole) {
   auto state = c.h0.clone();
   std::vector<Tensor> pieces;
   for (const auto& [from, to] : std::vector<std::pair<int64_t, int64_t>>{{0, 77}, {77, 140}}) {
-    auto [piece, after] = ounce::chunk_gla(part(c.q, from, to), part(c.k, from, to), part(c.v, from, to),
-                                           part(c.g, from, to), state, {}, c.options);
+    auto [piece, after] =
+        ounce::chunk_gla(part(c.q, from, to), part(c.k, from, to), part(c.v, from, to),
+                         part(c.g, from, to), state, {}, c.options);
     pieces.push_back(piece);
     state = after;
   }
@@ -342,7 +346,8 @@ TEST_F(Gla, PiecesAndStepsEqualTheWhole) {
 
 TEST_F(Gla, NumericGradients) {
   auto c = make(1, 21, 1, 3, 2, 1);
-  const auto d_o = at::randn({1, 21, 1, 2}, at::kDouble), d_ht = at::randn({1, 1, 3, 2}, at::kDouble);
+  const auto d_o = at::randn({1, 21, 1, 2}, at::kDouble),
+             d_ht = at::randn({1, 1, 3, 2}, at::kDouble);
   c.options.output_final_state = true;
   const auto got = run(ounce::chunk_gla, c, d_o, d_ht);
   auto loss = [&] {
@@ -373,7 +378,8 @@ TEST_F(Gla, SixteenBitInputs) {
     const double rounding = dtype == at::kHalf ? 2.5e-4 : 2e-3;
     expect_close(ounce::chunk_gla, c, rounding, dtype == at::kHalf ? "fp16" : "bf16");
     c.g = c.g.to(at::kFloat);
-    expect_close(ounce::chunk_gla, c, rounding, dtype == at::kHalf ? "fp16, g fp32" : "bf16, g fp32");
+    expect_close(ounce::chunk_gla, c, rounding,
+                 dtype == at::kHalf ? "fp16, g fp32" : "bf16, g fp32");
   }
 }
 
@@ -420,8 +426,9 @@ TEST_F(Gla, BadInput) {
   refuse("expected k on cpu, got meta", [](Call& c) { c.k = at::empty_like(c.k, at::kMeta); });
   refuse("heads of q and v that are multiples", [](Call& c) { c.q = at::randn({1, 8, 3, 4}); });
   refuse("as many heads of g", [](Call& c) { c.g = at::zeros({1, 8, 1, 4}); });
-  refuse("expected initial_state Float [1, 2, 4, 6], got Float [2, 2, 4, 6]",
-         [](Call& c) { c.h0 = at::zeros({2, 2, 4, 6}); });
+  refuse("expected initial_state Float [1, 2, 4, 6], got Float [2, 2, 4, 6]", [](Call& c) {
+    c.h0 = at::zeros({2, 2, 4, 6});
+  });
   refuse("expected initial_state Float", [](Call& c) { c.h0 = c.h0.to(at::kHalf); });
   refuse("int32 or int64 [n + 1]", [](Call& c) { c.cu = at::tensor({0., 8.}); });
   refuse("from 0 to 8", [](Call& c) { c.cu = at::tensor({0, 7}, at::kInt); });
@@ -435,8 +442,11 @@ TEST_F(Gla, BadInput) {
   refuse("no fused kernel", [](Call& c) { c.options.implementation = "fused"; });
   refuse("auto, fused or reference", [](Call& c) { c.options.implementation = "triton"; });
   auto two = make(2, 8, 2, 4, 6, 1, at::kFloat);
-  expect_refused([&] { ounce::chunk_gla(two.q, two.k, two.v, two.g, {}, at::tensor({0, 8}, at::kInt)); },
-                 "expected batch 1 with cu_seqlens");
+  expect_refused(
+      [&] {
+        ounce::chunk_gla(two.q, two.k, two.v, two.g, {}, at::tensor({0, 8}, at::kInt));
+      },
+      "expected batch 1 with cu_seqlens");
   auto long_piece = make(1, 9, 2, 4, 6, 1, at::kFloat);
   expect_refused(
       [&] {

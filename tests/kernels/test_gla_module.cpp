@@ -55,12 +55,12 @@ TEST_F(GlaMixer, ParameterNamesAndShapes) {
   options.conv_size = 4;
   const GatedLinearAttention mixer(kDim, options);
   const std::vector<std::pair<std::string, std::vector<int64_t>>> expected = {
-      {"q_proj.weight", {16, 32}},      {"k_proj.weight", {8, 32}},
-      {"v_proj.weight", {16, 32}},      {"g_proj.weight", {32, 32}},
-      {"gk_proj.0.weight", {16, 32}},   {"gk_proj.1.weight", {8, 16}},
-      {"gk_proj.1.bias", {8}},          {"g_norm.weight", {8}},
-      {"o_proj.weight", {32, 32}},      {"q_conv1d.weight", {16, 1, 4}},
-      {"k_conv1d.weight", {8, 1, 4}},   {"v_conv1d.weight", {16, 1, 4}}};
+      {"q_proj.weight", {16, 32}},    {"k_proj.weight", {8, 32}},
+      {"v_proj.weight", {16, 32}},    {"g_proj.weight", {32, 32}},
+      {"gk_proj.0.weight", {16, 32}}, {"gk_proj.1.weight", {8, 16}},
+      {"gk_proj.1.bias", {8}},        {"g_norm.weight", {8}},
+      {"o_proj.weight", {32, 32}},    {"q_conv1d.weight", {16, 1, 4}},
+      {"k_conv1d.weight", {8, 1, 4}}, {"v_conv1d.weight", {16, 1, 4}}};
   const auto named = mixer.named_parameters();
   EXPECT_EQ(named.size(), expected.size());
   for (const auto& [name, shape] : expected) {
@@ -82,8 +82,7 @@ TEST_F(GlaMixer, EqualsItsDefinition) {
   const auto o = std::get<0>(ounce::naive_recurrent_gla(
       heads(project("q_proj.weight")), heads(project("k_proj.weight")),
       heads(project("v_proj.weight")), heads(at::log_sigmoid(gate) / 16)));
-  const auto normed =
-      o / (o.square().mean(-1, true) + 1e-5).sqrt() * named["g_norm.weight"];
+  const auto normed = o / (o.square().mean(-1, true) + 1e-5).sqrt() * named["g_norm.weight"];
   const auto expected = at::matmul(normed.flatten(2) * at::silu(project("g_proj.weight")),
                                    named["o_proj.weight"].t());
   SequenceContext context;
