@@ -47,6 +47,8 @@ macro(ounce_enable_cuda_language)
   endif()
   set(CMAKE_CUDA_ARCHITECTURES ${OUNCE_CUDA_ARCHS})
   set(CMAKE_CUDA_STANDARD 20)
+  # LibTorch brings libcudart as a shared library: one runtime, and wheels have no name to link it by.
+  set(CMAKE_CUDA_RUNTIME_LIBRARY None)
   set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
   enable_language(CUDA)
 endmacro()

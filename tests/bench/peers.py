@@ -218,7 +218,9 @@ def machine(device):
     commit = subprocess.run(
         ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
-    name, driver = "CPU", ""
+    with open("/proc/cpuinfo") as lines:
+        name = next((x.split(": ", 1)[1].strip() for x in lines if x.startswith("model name")), "CPU")
+    driver = ""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         driver = subprocess.run(
