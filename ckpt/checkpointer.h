@@ -21,13 +21,13 @@ namespace ounce::ckpt {
 class FileSystem;  // file_system.h
 
 struct CheckpointerOptions {
-  std::string root;        // folder of the checkpoints; made when missing
-  int64_t keep_last = 3;   // older steps are removed after a commit; 0 = keep all
-  int64_t keep_every = 0;  // steps divisible by this are never removed; 0 = off
-  std::string keep_best;   // metric name: the step with the lowest value is kept; empty = off
-  std::shared_ptr<FileSystem> file_system;  // null = the real one
+  std::string root = "";       // folder of the checkpoints; made when missing
+  int64_t keep_last = 3;       // older steps are removed after a commit; 0 = keep all
+  int64_t keep_every = 0;      // steps divisible by this are never removed; 0 = off
+  std::string keep_best = "";  // metric name: the step with the lowest value is kept; empty = off
+  std::shared_ptr<FileSystem> file_system = nullptr;  // null = the real one
   // Called when a save enters a phase: create, data, sync, manifest, publish, retention, done.
-  std::function<void(const char* phase)> on_phase;
+  std::function<void(const char* phase)> on_phase = nullptr;
 };
 
 // What is stored beside the tensors.

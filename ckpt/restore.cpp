@@ -235,7 +235,7 @@ LoadReport load_checkpoint(const std::string& path, std::optional<int64_t> step,
     const auto scan = scan_existing(*files, root);
     for (const auto& bad : scan.bad) {
       // Going back behind a later version's step would lose work: the user decides.
-      if (bad.newer_format) fail(Fault::kNewerFormat, bad.problem, " ('", bad.path, "')");
+      if (bad.newer_format) fail(Fault::kNewerFormat, bad.problem);
       report.rejected.push_back(bad.problem);
     }
     for (const auto& entry : scan.steps) {

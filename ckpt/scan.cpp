@@ -20,8 +20,15 @@ bool is_folder(FileSystem& files, const std::string& path) {
 }  // namespace
 
 Manifest read_manifest(FileSystem& files, const std::string& folder) {
-  auto manifest =
-      parse_manifest(read_file(files, folder + "/" + kManifestName, kMostManifestBytes));
+  const auto path = folder + "/" + kManifestName;
+  Manifest manifest;
+  try {
+    manifest = parse_manifest(read_file(files, path, kMostManifestBytes));
+  } catch (const StorageError& error) {
+    const std::string text = error.what();
+    if (text.find(path) != std::string::npos) throw;
+    throw StorageError(error.kind(), text + " ('" + path + "')");
+  }
   const auto name = last_component(folder);
   if (parse_step_name(name) >= 0 && name != step_name(manifest.step)) {
     throw StorageError(StorageError::Kind::kDamaged,

@@ -125,7 +125,7 @@ size_t edit_distance(std::string_view a, std::string_view b) {
 Value::Value(const Options& v) : data_(std::make_shared<const Options>(v)) {}
 
 const char* Value::type_name() const {
-  static constexpr const char* names[] = {"a flag",  "an integer", "a number",
+  static constexpr const char* names[] = {"a flag",   "an integer", "a number",
                                           "a string", "an array",   "a table"};
   return names[data_.index()];
 }
@@ -201,8 +201,8 @@ Options Options::read_file(const std::string& path) {
   std::ostringstream content;
   if (file) content << file.rdbuf();
   // A folder opens as a file and reads as nothing.
-  OUNCE_CHECK_AS(Fault::kData, file && !std::filesystem::is_directory(path), "[config] cannot read '",
-                 path, "'");
+  OUNCE_CHECK_AS(Fault::kData, file && !std::filesystem::is_directory(path),
+                 "[config] cannot read '", path, "'");
   return parse(content.str(), path);
 }
 
@@ -235,12 +235,12 @@ const Value& Options::at(std::string_view path) const {
   return *value;
 }
 
-#define OUNCE_OPTION(type, name, predicate, wanted)                                        \
-  type Options::name(std::string_view path) const {                                        \
-    const auto& value = at(path);                                                          \
-    OUNCE_CHECK(value.predicate(), "[config] '", path, "': expected " wanted ", got ",     \
-                value.to_toml());                                                          \
-    return value.name();                                                                   \
+#define OUNCE_OPTION(type, name, predicate, wanted)                                    \
+  type Options::name(std::string_view path) const {                                    \
+    const auto& value = at(path);                                                      \
+    OUNCE_CHECK(value.predicate(), "[config] '", path, "': expected " wanted ", got ", \
+                value.to_toml());                                                      \
+    return value.name();                                                               \
   }
 OUNCE_OPTION(bool, flag, is_flag, "true or false")
 OUNCE_OPTION(int64_t, integer, is_integer, "an integer")
@@ -279,8 +279,8 @@ const std::string& Options::choice(std::string_view path,
 std::vector<std::string> Options::texts(std::string_view path) const {
   const auto& value = at(path);
   if (value.is_text()) return {value.text()};
-  OUNCE_CHECK(value.is_array(), "[config] '", path, "': expected a string or an array of strings, got ",
-              value.to_toml());
+  OUNCE_CHECK(value.is_array(), "[config] '", path,
+              "': expected a string or an array of strings, got ", value.to_toml());
   std::vector<std::string> result;
   for (const auto& item : value.array()) {
     OUNCE_CHECK(item.is_text(), "[config] '", path, "': expected strings, got ", item.to_toml());
@@ -328,7 +328,8 @@ Options Options::over(const Options& defaults, std::string_view where) const {
     if (is_part(*standard)) {
       if (value.is_table() && !is_part(value)) {
         auto refined = standard->table();
-        for (const auto& [inner, inner_value] : value.table().items()) refined.set(inner, inner_value);
+        for (const auto& [inner, inner_value] : value.table().items())
+          refined.set(inner, inner_value);
         result.set(key, refined);
         continue;
       }

@@ -52,8 +52,8 @@ at::ScalarType autocast_type(at::DeviceType device) {
                                                    : at::kFloat;
 }
 
-// The cache of cast weights must not be filled without grad mode, where the casts have no history, nor
-// be read while recomputing, where they belong to another graph.
+// The cache of cast weights must not be filled without grad mode, where the casts have no history,
+// nor be read while recomputing, where they belong to another graph.
 class NoAutocastCache {
  public:
   NoAutocastCache() : enabled_(at::autocast::is_autocast_cache_enabled()) {
@@ -108,8 +108,8 @@ std::vector<at::Device> devices_of(const std::vector<at::Tensor>& inputs) {
   return devices;
 }
 
-// A node of the graph made by hand: autograd::Function gives its outputs a history only when an input
-// requires a gradient, and here captured parameters may.
+// A node of the graph made by hand: autograd::Function gives its outputs a history only when an
+// input requires a gradient, and here captured parameters may.
 class RecomputeNode final : public torch::autograd::Node {
  public:
   RecomputeNode(RecomputeFunction function, const std::vector<at::Tensor>& inputs)
@@ -132,13 +132,16 @@ class RecomputeNode final : public torch::autograd::Node {
   const RecomputeFunction& function() const { return function_; }
 
   variable_list apply(variable_list&& gradients) override {
-    OUNCE_CHECK(!at::GradMode::is_enabled(),
-                "[recompute] expected one backward pass, got create_graph = true: double backward is "
-                "not supported");
-    OUNCE_CHECK(torch::autograd::Engine::get_default_engine().is_checkpoint_valid(),
-                "[recompute] expected backward() without a list of inputs, got torch::autograd::grad or "
-                "backward(inputs): gradients of captured parameters would be lost");
-    OUNCE_CHECK(!released_, "[recompute] a second backward pass through it; use retain_graph = true");
+    OUNCE_CHECK(
+        !at::GradMode::is_enabled(),
+        "[recompute] expected one backward pass, got create_graph = true: double backward is "
+        "not supported");
+    OUNCE_CHECK(
+        torch::autograd::Engine::get_default_engine().is_checkpoint_valid(),
+        "[recompute] expected backward() without a list of inputs, got torch::autograd::grad or "
+        "backward(inputs): gradients of captured parameters would be lost");
+    OUNCE_CHECK(!released_,
+                "[recompute] a second backward pass through it; use retain_graph = true");
     auto inputs = detached_inputs();
     {
       const at::AutoGradMode with_grad(true);
@@ -225,8 +228,8 @@ std::vector<at::Tensor> recompute(RecomputeFunction function, std::vector<at::Te
                 "[recompute] the function modified input ", i, " in place; let it work on a clone");
   }
   for (auto& output : outputs) {
-    // An output may be an input, a parameter, a view of one, or another output: the history goes to a
-    // tensor of its own.
+    // An output may be an input, a parameter, a view of one, or another output: the history goes to
+    // a tensor of its own.
     if (output.defined()) output = output.detach();
     const bool differentiable =
         output.defined() && torch::autograd::isDifferentiableType(output.scalar_type());

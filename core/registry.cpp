@@ -74,7 +74,8 @@ Value RegistryStore::resolve(const Value& spec, std::string_view where) const {
   }
   auto merged = given.over(found.defaults, std::string(where) + " (" + kind_ + " '" + name + "')");
   for (const auto& [key, kind] : found.info.parts) {
-    merged.set(key, registry_store(kind).resolve(*merged.find(key), std::string(where) + "." + key));
+    merged.set(key,
+               registry_store(kind).resolve(*merged.find(key), std::string(where) + "." + key));
   }
   Options result;
   result.set("name", name);

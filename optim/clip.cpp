@@ -36,8 +36,8 @@ ClipResult clip_by_norm(at::TensorList gradients, double max_norm) {
   const auto finite = at::isfinite(result.norm);
   result.found_inf = finite.logical_not().to(at::kFloat);
   const auto one = at::ones_like(result.norm);
-  result.scale = max_norm > 0 ? at::where(finite, (max_norm / (result.norm + 1e-6)).clamp_max(1), one)
-                              : one;
+  result.scale =
+      max_norm > 0 ? at::where(finite, (max_norm / (result.norm + 1e-6)).clamp_max(1), one) : one;
   return result;
 }
 

@@ -5,19 +5,21 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <optional>
 
 namespace ounce::optim {
 
 namespace {
 
-constexpr const char* kDefaults = R"(lr = 1e-3            # base learning rate; a schedule multiplies it
+constexpr const char* kDefaults =
+    R"(lr = 1e-3            # base learning rate; a schedule multiplies it
 beta1 = 0.9          # decay of the first moment
 beta2 = 0.95         # decay of the second moment
 eps = 1e-8           # added to the root of the second moment
 weight_decay = 0.1   # decoupled; norms, biases and embeddings take 0 unless a group says otherwise
 amsgrad = false      # divide by the largest second moment so far
 maximize = false     # climb instead of descend
-group = []           # [[optimizer.group]]: match = "*norm*", and lr_scale, lr or any key above for it
+group = []           # tables: match = "*norm*", and what differs: lr_scale or any key above
 )";
 
 Options to_options(const AdamWOptions& from) {
@@ -41,8 +43,8 @@ AdamWOptions from_options(const Options& options) {
   to.weight_decay = options.number_in("weight_decay", 0, 1e6);
   to.amsgrad = options.flag("amsgrad");
   to.maximize = options.flag("maximize");
-  OUNCE_CHECK(to.beta1 < 1 && to.beta2 < 1, "[adamw] expected beta1 and beta2 below 1, got ", to.beta1,
-              " and ", to.beta2);
+  OUNCE_CHECK(to.beta1 < 1 && to.beta2 < 1, "[adamw] expected beta1 and beta2 below 1, got ",
+              to.beta1, " and ", to.beta2);
   OUNCE_CHECK(to.eps > 0, "[adamw] expected eps > 0, got ", to.eps);
   return to;
 }
@@ -69,8 +71,8 @@ FusedAdamW::FusedAdamW(NamedParameters parameters, const AdamWOptions& options)
     settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
     for (const auto& parameter : group.params()) {
       OUNCE_CHECK(parameter.layout() == at::kStrided && parameter.is_non_overlapping_and_dense(),
-                  "[adamw] '", name_of(parameter),
-                  "': expected a dense tensor, got strides ", parameter.strides());
+                  "[adamw] '", name_of(parameter), "': expected a dense tensor, got strides ",
+                  parameter.strides());
       auto& slot = slots_[index_of(parameter)];
       slot.step = at::zeros({}, parameter.options().dtype(at::kFloat).requires_grad(false));
       slot.exp_avg = at::zeros_like(parameter.detach());
@@ -94,10 +96,10 @@ std::vector<FusedAdamW::Lists> FusedAdamW::gather(
                 "[adamw] '", name_of(parameter), "' was ", slot.exp_avg.toString(),
                 slot.exp_avg.sizes(), " when the optimizer was made and is ", parameter.toString(),
                 parameter.sizes(), "; move or reshape a model before making its optimizer");
-    OUNCE_CHECK(gradient.layout() == at::kStrided &&
-                    gradient.scalar_type() == parameter.scalar_type(),
-                "[adamw] '", name_of(parameter), "': expected a dense gradient of ",
-                parameter.scalar_type(), ", got ", gradient.toString());
+    OUNCE_CHECK(
+        gradient.layout() == at::kStrided && gradient.scalar_type() == parameter.scalar_type(),
+        "[adamw] '", name_of(parameter), "': expected a dense gradient of ",
+        parameter.scalar_type(), ", got ", gradient.toString());
     if (gradient.strides() != parameter.strides()) {
       gradient = at::empty_like(parameter.detach()).copy_(gradient);
     }
@@ -105,7 +107,8 @@ std::vector<FusedAdamW::Lists> FusedAdamW::gather(
       return candidate.device == parameter.device() && candidate.type == parameter.scalar_type();
     });
     if (lists == all.end()) {
-      lists = all.insert(all.end(), Lists{parameter.device(), parameter.scalar_type(), {}, {}, {}, {}, {}, {}});
+      lists = all.insert(
+          all.end(), Lists{parameter.device(), parameter.scalar_type(), {}, {}, {}, {}, {}, {}});
     }
     lists->parameters.push_back(flat(parameter));
     lists->gradients.push_back(flat(gradient));
@@ -126,7 +129,10 @@ void FusedAdamW::step(const StepControl& control) {
   for (size_t g = 0; g < param_groups().size(); ++g) {
     const auto& settings = settings_[g];
     const auto& options = static_cast<const GroupOptions&>(param_groups()[g].options());
-    if (control.lr.defined()) lr = control.lr.to(at::kFloat) * options.lr_scale;
+    if (control.lr.defined()) {
+      lr = control.lr.to(at::kFloat);
+      if (options.lr_scale != 1) lr = lr * options.lr_scale;
+    }
     for (auto& lists : gather(param_groups()[g])) {
       const auto on_device = [&](const at::Tensor& scalar) {
         return scalar.defined() ? std::optional(scalar.to(lists.device)) : std::nullopt;
@@ -178,7 +184,9 @@ int64_t FusedAdamW::state_bytes() const {
 
 void register_adamw() {
   registry<NamedOptimizer>().add(
-      {.name = "adamw", .doc = "AdamW with fp32 moments, one fused launch a group", .defaults = kDefaults},
+      {.name = "adamw",
+       .doc = "AdamW with fp32 moments, one fused launch a group",
+       .defaults = kDefaults},
       [](const Options& options, const NamedOptimizer::Context& context) {
         auto settings = from_options(options);
         settings.lr = options.number("lr");

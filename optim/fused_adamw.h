@@ -10,13 +10,13 @@
 namespace ounce::optim {
 
 struct AdamWOptions {
-  double lr = 1e-3;            // >= 0
-  double beta1 = 0.9;          // decay of the first moment, in [0, 1)
-  double beta2 = 0.95;         // decay of the second moment, in [0, 1)
-  double eps = 1e-8;           // > 0, added to the root of the second moment
-  double weight_decay = 0.1;   // >= 0, decoupled; norms, biases and embeddings take 0
-  bool amsgrad = false;        // divide by the largest second moment so far
-  bool maximize = false;       // climb
+  double lr = 1e-3;           // >= 0
+  double beta1 = 0.9;         // decay of the first moment, in [0, 1)
+  double beta2 = 0.95;        // decay of the second moment, in [0, 1)
+  double eps = 1e-8;          // > 0, added to the root of the second moment
+  double weight_decay = 0.1;  // >= 0, decoupled; norms, biases and embeddings take 0
+  bool amsgrad = false;       // divide by the largest second moment so far
+  bool maximize = false;      // climb
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
 
@@ -25,11 +25,11 @@ struct AdamWOptions {
 //   p -= lr weight_decay p;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
 //   p -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 // Parameters are fp32 or fp64, dense, on a CPU or a GPU; 16-bit ones are refused by name. State per
-// parameter, in its dtype and layout: exp_avg, exp_avg_sq (max_exp_avg_sq with amsgrad), and step, one
-// fp32: 8 bytes a weight in fp32 (12 with amsgrad) and 4 a tensor, allocated at construction; a step
-// allocates only scalars (and a copy of a gradient whose layout is not its parameter's).
-// Where control.grad_scale is given, .grad holds the scaled gradients after a step that was not
-// skipped, as after clip_grad_norm_; otherwise gradients are not written.
+// parameter, in its dtype and layout: exp_avg, exp_avg_sq (max_exp_avg_sq with amsgrad), and step,
+// one fp32: 8 bytes a weight in fp32 (12 with amsgrad) and 4 a tensor, allocated at construction; a
+// step allocates only scalars (and a copy of a gradient whose layout is not its parameter's). Where
+// control.grad_scale is given, .grad holds the scaled gradients after a step that was not skipped,
+// as after clip_grad_norm_; otherwise gradients are not written.
 class FusedAdamW : public NamedOptimizer {
  public:
   explicit FusedAdamW(NamedParameters parameters, const AdamWOptions& options = {});

@@ -19,7 +19,8 @@ bool decays(const std::string& name, const at::Tensor& parameter) {
 // The first few names, for an error.
 std::string some_names(const NamedParameters& parameters) {
   std::string result;
-  for (size_t i = 0; i < parameters.size() && i < 4; ++i) result += " '" + parameters[i].first + "'";
+  for (size_t i = 0; i < parameters.size() && i < 4; ++i)
+    result += " '" + parameters[i].first + "'";
   return result + (parameters.size() > 4 ? " ..." : "");
 }
 
@@ -68,7 +69,9 @@ class CompareVisitor final : public StateVisitor {
     present(saved_.integers, full_name(name));
   }
   void number(std::string_view name, double&) override { present(saved_.numbers, full_name(name)); }
-  void text(std::string_view name, std::string&) override { present(saved_.texts, full_name(name)); }
+  void text(std::string_view name, std::string&) override {
+    present(saved_.texts, full_name(name));
+  }
   bool loading() const override { return false; }
 
   // Call last.
@@ -235,15 +238,16 @@ NamedOptimizer::NamedOptimizer(NamedParameters parameters, const Options& option
                               std::make_unique<GroupOptions>()) {
   std::unordered_set<std::string> names;
   for (auto& [name, parameter] : parameters) {
-    OUNCE_CHECK(!name.empty() && names.insert(name).second, "[optimizer] the parameter name '", name,
-                "' is empty or given twice");
+    OUNCE_CHECK(!name.empty() && names.insert(name).second, "[optimizer] the parameter name '",
+                name, "' is empty or given twice");
     OUNCE_CHECK(parameter.defined() && parameter.is_leaf() && parameter.is_floating_point(),
                 "[optimizer] '", name, "': expected a floating-point leaf tensor");
     if (index_.emplace(parameter.unsafeGetTensorImpl(), parameters_.size()).second) {
       parameters_.emplace_back(name, parameter);
     }
   }
-  OUNCE_CHECK(!parameters_.empty(), "[optimizer] expected parameters, got none that requires a gradient");
+  OUNCE_CHECK(!parameters_.empty(),
+              "[optimizer] expected parameters, got none that requires a gradient");
 
   std::map<std::pair<int64_t, bool>, std::vector<at::Tensor>> groups;
   std::vector<bool> used(rules.size(), false);
@@ -294,9 +298,10 @@ const NamedParameters& NamedOptimizer::parameters() const { return parameters_; 
 void NamedOptimizer::refuse_16_bit(std::string_view optimizer) const {
   for (const auto& [name, parameter] : parameters_) {
     const auto type = parameter.scalar_type();
-    OUNCE_CHECK(type == at::kFloat || type == at::kDouble, "[", optimizer, "] '", name, "' is ", type,
-                ": a 16-bit parameter needs an optimizer with stochastic rounding; keep parameters in "
-                "fp32 and compute in bf16");
+    OUNCE_CHECK(
+        type == at::kFloat || type == at::kDouble, "[", optimizer, "] '", name, "' is ", type,
+        ": a 16-bit parameter needs an optimizer with stochastic rounding; keep parameters in "
+        "fp32 and compute in bf16");
   }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// NamedOptimizer: the base of every optimizer here. A torch::optim::Optimizer whose state is keyed by
-// parameter name, whose groups are made by matching names, and whose step takes device tensors.
+// NamedOptimizer: the base of every optimizer here. A torch::optim::Optimizer whose state is keyed
+// by parameter name, whose groups are made by matching names, and whose step takes device tensors.
 #pragma once
 
 #include <ounce/core/options.h>
@@ -19,8 +19,8 @@ namespace ounce::optim {
 
 using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
 
-// Every parameter that requires a gradient, under its dotted PyTorch name; a tensor registered twice
-// appears once, under its first name.
+// Every parameter that requires a gradient, under its dotted PyTorch name; a tensor registered
+// twice appears once, under its first name.
 NamedParameters named_parameters(const torch::nn::Module& module);
 // The same for a plain list: names are "0", "1", ...
 NamedParameters named_parameters(const std::vector<at::Tensor>& parameters);
@@ -35,11 +35,11 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
     NamedParameters parameters;
   };
 
-  // One rule of [[optimizer.group]]: `match` is a glob over names; the remaining keys override options
-  // for the parameters it matches: any option of the optimizer, and `lr_scale` (a factor on the base
-  // lr). `lr` in a rule is short for lr_scale = lr / base lr. The first rule that matches wins. Norms,
-  // biases and embeddings (names "*norm*", "*bias", "*embed*", and anything of fewer than two
-  // dimensions) take weight_decay = 0 unless their rule sets weight_decay.
+  // One rule of [[optimizer.group]]: `match` is a glob over names; the remaining keys override
+  // options for the parameters it matches: any option of the optimizer, and `lr_scale` (a factor on
+  // the base lr). `lr` in a rule is short for lr_scale = lr / base lr. The first rule that matches
+  // wins. Norms, biases and embeddings (names "*norm*", "*bias", "*embed*", and anything of fewer
+  // than two dimensions) take weight_decay = 0 unless their rule sets weight_decay.
   struct GroupRule {
     std::string match;
     Options overrides;
@@ -47,8 +47,9 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
   // The rules in the value of the key `group`: an array of tables with `match`.
   static std::vector<GroupRule> parse_groups(const Value& group);
 
-  // What each of param_groups() carries. `values` is the optimizer's complete options for the group,
-  // without lr; lr starts at the base lr times lr_scale, and is what StepLR and the like change.
+  // What each of param_groups() carries. `values` is the optimizer's complete options for the
+  // group, without lr; lr starts at the base lr times lr_scale, and is what StepLR and the like
+  // change.
   struct GroupOptions : torch::optim::OptimizerCloneableOptions<GroupOptions> {
     double lr = 0;
     double lr_scale = 1;
@@ -60,9 +61,9 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
   // torch::optim::Optimizer's step: reads .grad, uses each group's own lr. Closure as in LibTorch.
   at::Tensor step(LossClosure closure = nullptr) override;
   // The same with device-side control: parameters of a group step with control.lr times the group's
-  // `lr_scale`, gradients times control.grad_scale, and nothing at all changes where control.skip is
-  // nonzero (the step count does not advance either). No host synchronisation on a GPU. An undefined
-  // control.lr takes each group's own lr. Parameters without a gradient are left alone.
+  // `lr_scale`, gradients times control.grad_scale, and nothing at all changes where control.skip
+  // is nonzero (the step count does not advance either). No host synchronisation on a GPU. An
+  // undefined control.lr takes each group's own lr. Parameters without a gradient are left alone.
   virtual void step(const StepControl& control) = 0;
 
   const std::string& name_of(const at::Tensor& parameter) const;  // unknown: Fault::kUsage
@@ -70,8 +71,8 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
   // Bytes of optimizer state, all of it; state exists from construction on.
   virtual int64_t state_bytes() const = 0;
 
-  // torch::save and torch::load: everything that visit_state() presents, and each group's lr, by name.
-  // Loading checks the names, shapes and dtypes first and lists every difference in one error
+  // torch::save and torch::load: everything that visit_state() presents, and each group's lr, by
+  // name. Loading checks the names, shapes and dtypes first and lists every difference in one error
   // (Fault::kUsage); then nothing has been changed.
   void save(torch::serialize::OutputArchive& archive) const override;
   void load(torch::serialize::InputArchive& archive) override;
@@ -81,17 +82,17 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
 
  protected:
   // `options` holds every option of the optimizer, complete, `lr` among them, without `name` and
-  // `group`. Groups are made in a fixed order, which does not depend on the order of the parameters:
-  // those without a rule, then rule by rule; in each, decayed before not decayed. Fault::kUsage: no
-  // parameters, names that are empty or twice there, tensors that are no leaf or not floating point,
-  // unknown keys in a rule, a rule that matches nothing.
+  // `group`. Groups are made in a fixed order, which does not depend on the order of the
+  // parameters: those without a rule, then rule by rule; in each, decayed before not decayed.
+  // Fault::kUsage: no parameters, names that are empty or twice there, tensors that are no leaf or
+  // not floating point, unknown keys in a rule, a rule that matches nothing.
   NamedOptimizer(NamedParameters parameters, const Options& options,
                  const std::vector<GroupRule>& rules);
 
   // Presents "groups/<i>/lr", for checkpoints of a program that changes lr through the groups.
   void visit_groups(StateVisitor& visitor);
-  // For optimizers without stochastic rounding: Fault::kUsage naming the first parameter that is not
-  // fp32 or fp64. 16-bit weights lose updates smaller than half their spacing.
+  // For optimizers without stochastic rounding: Fault::kUsage naming the first parameter that is
+  // not fp32 or fp64. 16-bit weights lose updates smaller than half their spacing.
   void refuse_16_bit(std::string_view optimizer) const;
   // Position in parameters(); unknown: Fault::kUsage.
   size_t index_of(const at::Tensor& parameter) const;

@@ -35,7 +35,8 @@ ForwardContextGuard::~ForwardContextGuard() { current_context = previous_; }
 LinearImpl::LinearImpl(int64_t in, int64_t out, bool with_bias, double std) {
   OUNCE_CHECK(in > 0 && out > 0, "[Linear] expected positive sizes, got in = ", in, ", out = ", out);
   weight = register_parameter("weight", torch::empty({out, in}, construction_options()));
-  bias = register_parameter("bias", with_bias ? torch::zeros({out}, construction_options()) : at::Tensor());
+  bias = with_bias ? register_parameter("bias", torch::zeros({out}, construction_options()))
+                   : register_parameter("bias", at::Tensor(), /*requires_grad=*/false);
   torch::NoGradGuard no_grad;
   weight.normal_(0, std < 0 ? 1 / std::sqrt(static_cast<double>(in)) : std);
 }

@@ -6,8 +6,9 @@
 
 namespace ounce {
 
-// A file that is only appended to, each piece in one write(): what has been appended survives the end
-// of the process, and readers see whole pieces. Every failure is Fault::kData and names the file.
+// A file that is only appended to, each piece in one write(): what has been appended survives the
+// end of the process, and readers see whole pieces. Every failure is Fault::kData and names the
+// file.
 class AppendFile {
  public:
   // Makes the file when it is missing; `flags` of open(2) beside O_APPEND, O_CREAT and O_WRONLY.

@@ -5,17 +5,10 @@
 #include <torch/torch.h>
 
 #include <cmath>
-#include <cstdio>
 
 namespace ounce {
 
 namespace {
-
-std::string fixed(double value, int digits) {
-  char buffer[64];
-  std::snprintf(buffer, sizeof buffer, "%.*f", digits, value);
-  return buffer;
-}
 
 int64_t parameter_count(const Model& model) {
   int64_t count = 0;
@@ -47,7 +40,7 @@ std::vector<std::string> start_block(const Session& session, const std::optional
                 format_bytes(facts.total_bytes);
   if (session.device.is_cpu()) device += ", " + std::to_string(at::get_num_threads()) + " threads";
   if (facts.peak_bf16_flops > 0) {
-    device += ", " + fixed(facts.peak_bf16_flops / 1e12, 0) + " TFLOP/s bf16 (for MFU)";
+    device += ", " + format_fixed(facts.peak_bf16_flops / 1e12, 0) + " TFLOP/s bf16 (for MFU)";
   }
   lines.push_back(device);
   lines.push_back("model    " + config.text("model.name") + ": " +
@@ -58,7 +51,7 @@ std::vector<std::string> start_block(const Session& session, const std::optional
   const auto counts = session.dataset->count_model_losses();
   if (!counts.empty()) {
     std::string line = "data     count models, validation nats a token:";
-    for (const auto& [name, loss] : counts) line += " " + name + " " + fixed(loss, 3);
+    for (const auto& [name, loss] : counts) line += " " + name + " " + format_fixed(loss, 3);
     lines.push_back(line);
   }
   lines.push_back("run      steps " + std::to_string(step) + " to " + std::to_string(stop) + " of " +
@@ -77,9 +70,9 @@ std::vector<std::string> end_block(const Session& session, const std::optional<M
                                    double valid_loss) {
   std::vector<std::string> lines;
   if (!std::isnan(valid_loss)) {
-    std::string line = "validation loss " + fixed(valid_loss, 4) + " nats a token";
+    std::string line = "validation loss " + format_fixed(valid_loss, 4) + " nats a token";
     for (const auto& [name, loss] : session.dataset->count_model_losses()) {
-      line += " | " + name + " " + fixed(loss, 3);
+      line += " | " + name + " " + format_fixed(loss, 3);
     }
     lines.push_back(line);
   }

@@ -44,8 +44,8 @@ class WarmupPlateauDescent final : public Schedule {
 int64_t warmup_of(const Options& options, const Schedule::Context& context) {
   OUNCE_CHECK(context.steps >= 1, "[schedule] expected at least one step, got ", context.steps);
   const auto warmup = options.non_negative("warmup");
-  OUNCE_CHECK(warmup <= context.steps, "[schedule] warmup = ", warmup, " is longer than the run of ",
-              context.steps, " steps");
+  OUNCE_CHECK(warmup <= context.steps, "[schedule] warmup = ", warmup,
+              " is longer than the run of ", context.steps, " steps");
   return warmup;
 }
 
@@ -53,9 +53,9 @@ int64_t warmup_of(const Options& options, const Schedule::Context& context) {
 std::shared_ptr<Schedule> descending(const Options& options, const Schedule::Context& context,
                                      Shape shape) {
   const auto warmup = warmup_of(options, context);
-  return std::make_shared<WarmupPlateauDescent>(
-      context.steps, warmup, std::max<int64_t>(context.steps - warmup - 1, 0), 
-      options.number_in("final", 0, 1), shape);
+  return std::make_shared<WarmupPlateauDescent>(context.steps, warmup,
+                                                std::max<int64_t>(context.steps - warmup - 1, 0),
+                                                options.number_in("final", 0, 1), shape);
 }
 
 }  // namespace

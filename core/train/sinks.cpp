@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 #include <fcntl.h>
-#include <nlohmann/json.hpp>
 #include <ounce/core/check.h>
 #include <ounce/core/train/append_file.h>
 #include <ounce/core/train/format.h>
 #include <ounce/core/train/sinks.h>
+#include <nlohmann/json.hpp>
 
 #include <algorithm>
 #include <cerrno>
@@ -57,7 +57,8 @@ std::string piece(const std::string& name, const Record::Data& data) {
   if (name == "best") return "best " + format_fixed(value, 4);
   if (name == "bits") return format_fixed(value, 3) + " bits";
   if (name == "seconds") return format_duration(value);
-  if (const auto* integer = std::get_if<int64_t>(&data)) return name + " " + std::to_string(*integer);
+  if (const auto* integer = std::get_if<int64_t>(&data))
+    return name + " " + std::to_string(*integer);
   char buffer[40];
   std::snprintf(buffer, sizeof buffer, "%.4g", value);
   return name + " " + buffer;
@@ -70,9 +71,9 @@ class ConsoleSink final : public MetricsSink {
   void write(const Record& record) override {
     if (record.type == "config") return;
     if (record.type == "sample") {
-      const auto* text = find(record, "text");
-      out_ << "sample at step " << record.step << ":\n"
-           << (text != nullptr ? std::get<std::string>(*text) : "") << std::endl;
+      const auto* data = find(record, "text");
+      const auto* text = data != nullptr ? std::get_if<std::string>(data) : nullptr;
+      out_ << "sample at step " << record.step << ":\n" << (text ? *text : "") << std::endl;
       return;
     }
     std::string line = "step " + std::to_string(record.step);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// TensorBoard event files, written directly: records as TFRecord frames them, each a protocol buffer
-// Event (tensorflow/core/util/event.proto). Only the few fields used here are encoded.
+// TensorBoard event files, written directly: records as TFRecord frames them, each a protocol
+// buffer Event (tensorflow/core/util/event.proto). Only the few fields used here are encoded.
 #include <fcntl.h>
 #include <ounce/core/check.h>
 #include <ounce/core/train/append_file.h>
@@ -11,7 +11,11 @@
 #include <array>
 #include <bit>
 #include <chrono>
+#include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <string>
+#include <string_view>
 
 namespace ounce {
 
@@ -79,7 +83,9 @@ class Message {
   const std::string& encoded() const { return bytes_; }
 
  private:
-  void key(int field, int wire_type) { append_varint(static_cast<uint64_t>(field << 3 | wire_type)); }
+  void key(int field, int wire_type) {
+    append_varint(static_cast<uint64_t>(field << 3 | wire_type));
+  }
   void append_varint(uint64_t value) {
     for (; value >= 0x80; value >>= 7) bytes_ += static_cast<char>(value | 0x80);
     bytes_ += static_cast<char>(value);
@@ -143,8 +149,7 @@ std::string new_path(const std::string& folder) {
 
 class EventFileSink final : public MetricsSink {
  public:
-  EventFileSink(const std::string& folder, int64_t resumed_step)
-      : file_(new_path(folder), O_EXCL) {
+  EventFileSink(const std::string& folder, int64_t resumed_step) : file_(new_path(folder), O_EXCL) {
     constexpr int kFileVersion = 3, kSessionLog = 7;
     constexpr uint64_t kStart = 1;
     put(event(0).bytes(kFileVersion, "brain.Event:2"));

@@ -93,7 +93,9 @@ LinearCrossEntropyImpl::LinearCrossEntropyImpl(LinearCrossEntropyModuleOptions o
   OUNCE_CHECK(!is_tied || (tied.dim() == 2 && tied.size(0) == vocab && tied.size(1) == dim),
               "[LinearCrossEntropy] expected a tied weight [V, D] = [", vocab, ", ", dim, "], got ",
               is_tied ? tied.sizes() : at::IntArrayRef());
-  weight = register_parameter("weight", is_tied ? std::move(tied) : torch::empty({vocab, dim}));
+  const bool wants_gradient = !is_tied || tied.requires_grad();
+  weight = register_parameter("weight", is_tied ? std::move(tied) : torch::empty({vocab, dim}),
+                              wants_gradient);
   bias = options.bias() ? torch::zeros({vocab}, weight.options()) : at::Tensor();
   bias = register_parameter("bias", bias, /*requires_grad=*/bias.defined());
   if (is_tied) return;

@@ -25,7 +25,8 @@ int64_t chunk_rows(const Tensor& hidden, int64_t vocab, at::ScalarType compute,
                    const LinearCrossEntropyOptions& options) {
   const int64_t automatic = int64_t{hidden.is_cuda() ? 512 : 128} << 20;
   const int64_t budget = options.workspace_bytes() < 0 ? automatic : options.workspace_bytes();
-  const int64_t row = 2 * vocab * static_cast<int64_t>(c10::elementSize(compute));
+  const int64_t row =
+      2 * (vocab + hidden.size(1)) * static_cast<int64_t>(c10::elementSize(compute));
   int64_t rows = std::max<int64_t>(1, budget / row);
   if (options.grad_mode() != GradMode::kExact) rows = std::max(kTile, rows / kTile * kTile);
   return std::min(rows, std::max<int64_t>(1, hidden.size(0)));
@@ -43,9 +44,10 @@ class Classifier {
         operand_(hidden.is_cuda() && hidden.scalar_type() == at::kBFloat16 ? at::kBFloat16
                                                                            : compute) {
     const int64_t vocab = weight.size(0);
-    const bool direct = weight.scalar_type() == compute && operand_ == compute;
     const int64_t row = 4 * std::max<int64_t>(1, weight.size(1));
-    slab_ = direct ? vocab : std::clamp<int64_t>(kSlabBytes / row, 1, vocab);
+    const int64_t slab = std::clamp<int64_t>(kSlabBytes / row, 1, vocab);
+    read_slab_ = weight.scalar_type() == operand_ ? vocab : slab;
+    sum_slab_ = operand_ == compute ? vocab : slab;
   }
 
   // Rows that do not count become 0, for 0 * NaN would reach the weight's gradient.
@@ -54,9 +56,9 @@ class Classifier {
   }
   Tensor logits(const Tensor& x_rd) const {
     const int64_t vocab = weight_.size(0);
-    if (slab_ == vocab) return product(x_rd, weight_.to(operand_).t());
+    if (read_slab_ == vocab) return product(x_rd, weight_.to(operand_).t());
     auto out = at::empty({x_rd.size(0), vocab}, x_rd.options().dtype(compute_));
-    each_slab([&](int64_t from, int64_t count) {
+    each_slab(read_slab_, [&](int64_t from, int64_t count) {
       const auto slab = weight_.narrow(0, from, count).to(operand_);
       out.narrow(1, from, count).copy_(product(x_rd, slab.t()));
     });
@@ -65,7 +67,7 @@ class Classifier {
   // dlogits weight
   Tensor hidden_gradient(const Tensor& dlogits_rv) const {
     auto out = at::zeros({dlogits_rv.size(0), weight_.size(1)}, dlogits_rv.options());
-    each_slab([&](int64_t from, int64_t count) {
+    each_slab(read_slab_, [&](int64_t from, int64_t count) {
       const auto slab = weight_.narrow(0, from, count).to(operand_);
       add_product(out, dlogits_rv.narrow(1, from, count).to(operand_), slab);
     });
@@ -73,7 +75,7 @@ class Classifier {
   }
   // sum += dlogits^T x
   void add_weight_gradient(Tensor& sum_vd, const Tensor& dlogits_rv, const Tensor& x_rd) const {
-    each_slab([&](int64_t from, int64_t count) {
+    each_slab(sum_slab_, [&](int64_t from, int64_t count) {
       auto slab = sum_vd.narrow(0, from, count);
       add_product(slab, dlogits_rv.narrow(1, from, count).to(operand_).t(), x_rd);
     });
@@ -91,14 +93,16 @@ class Classifier {
     }
   }
   template <class F>
-  void each_slab(const F& f) const {
+  void each_slab(int64_t slab, const F& f) const {
     const int64_t vocab = weight_.size(0);
-    for (int64_t from = 0; from < vocab; from += slab_) f(from, std::min(slab_, vocab - from));
+    for (int64_t from = 0; from < vocab; from += slab) f(from, std::min(slab, vocab - from));
   }
 
   Tensor weight_;
   at::ScalarType compute_, operand_;
-  int64_t slab_ = 0;
+  // Vocabulary entries that are converted at a time: of the weight when it is read; of a product
+  // that is added to the weight's gradient.
+  int64_t read_slab_ = 0, sum_slab_ = 0;
 };
 
 // z of a chunk, before bias, scale and softcap are applied -> after. Overwrites it.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The frame of the benchmarks: a case makes its tensors and says what it computes; the frame times it,
-// and compares with what the same machine's memory and matrix units did in the same run.
+// The frame of the benchmarks: a case makes its tensors and says what it computes; the frame times
+// it, and compares with what the same machine's memory and matrix units did in the same run.
 #pragma once
 
 #include <ATen/core/Tensor.h>

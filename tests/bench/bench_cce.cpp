@@ -43,8 +43,9 @@ std::vector<Case> cce_cases(at::Device device) {
   std::vector<Case> cases;
   const auto dtype = device.is_cuda() ? at::kBFloat16 : at::kFloat;
   const std::vector<std::vector<int64_t>> shapes =
-      device.is_cuda() ? std::vector<std::vector<int64_t>>{{8192, 2304, 256000}, {8192, 2048, 32768}}
-                       : std::vector<std::vector<int64_t>>{{2048, 256, 8192}, {8192, 256, 256}};
+      device.is_cuda()
+          ? std::vector<std::vector<int64_t>>{{8192, 2304, 256000}, {8192, 2048, 32768}}
+          : std::vector<std::vector<int64_t>>{{2048, 256, 8192}, {8192, 256, 256}};
   for (const auto& s : shapes) {
     for (const char* name : {"linear_cross_entropy", "eager"}) {
       cases.push_back(cce_case(name, s[0], s[1], s[2], dtype));

@@ -11,7 +11,8 @@ namespace ounce::bench {
 
 namespace {
 
-Case train_case(const std::string& mixer, int64_t dim, int64_t layers, int64_t batch, int64_t length) {
+Case train_case(const std::string& mixer, int64_t dim, int64_t layers, int64_t batch,
+                int64_t length) {
   Case result;
   result.family = "train";
   result.name = "step_" + mixer;
@@ -19,11 +20,12 @@ Case train_case(const std::string& mixer, int64_t dim, int64_t layers, int64_t b
                  std::to_string(dim) + " L" + std::to_string(layers);
   result.make = [=](at::Device device) {
     constexpr int64_t kVocab = 256;
-    const auto spec = Options::parse("model = { name = \"lm\", dim = " + std::to_string(dim) +
-                                         ", layers = " + std::to_string(layers) + ", mixer = \"" +
-                                         mixer + "\" }",
-                                     "bench");
-    auto model = registry<Model>().make(*spec.find("model"), {.vocab = kVocab, .max_length = length});
+    const auto spec =
+        Options::parse("model = { name = \"lm\", dim = " + std::to_string(dim) +
+                           ", layers = " + std::to_string(layers) + ", mixer = \"" + mixer + "\" }",
+                       "bench");
+    auto model =
+        registry<Model>().make(*spec.find("model"), {.vocab = kVocab, .max_length = length});
     model->to(device);
     Learner::Context context;
     context.model = model;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-// ounce_bench [FAMILY...] [--json F] [--device D] [--seconds S]: a line a case, and the rates of this
-// machine that each is compared with, measured in the same run.
+// ounce_bench [FAMILY...] [--json F] [--device D] [--seconds S]: a line a case, and the rates of
+// this machine that each is compared with, measured in the same run.
 #include <ounce/core/check.h>
 #include <ounce/core/device.h>
+#include <ounce/core/options.h>
 #include <ounce/core/version.h>
 #include <ounce/ounce.h>
 #include <torch/torch.h>
@@ -49,7 +50,8 @@ nlohmann::ordered_json machine(const DeviceFacts& facts, const Rates& rates) {
   return {{"device", facts.name},
           {"driver", facts.driver},
           {"version", version_line()},
-          {"commit", first_line_of("git -C '" OUNCE_SOURCE_DIR "' describe --always --dirty 2>/dev/null")},
+          {"commit",
+           first_line_of("git -C '" OUNCE_SOURCE_DIR "' describe --always --dirty 2>/dev/null")},
           {"date", date()},
           {"threads", at::get_num_threads()},
           {"copy_gb_s", rates.copy_bytes / 1e9},
@@ -61,7 +63,8 @@ double limit_seconds(const Work& work, const Rates& rates) {
   return std::max(work.flops / rates.matmul_flops, work.bytes / rates.copy_bytes);
 }
 
-nlohmann::ordered_json run_case(const Case& item, at::Device device, const Rates& rates, double seconds) {
+nlohmann::ordered_json run_case(const Case& item, at::Device device, const Rates& rates,
+                                double seconds) {
   torch::manual_seed(1);
   const auto job = item.make(device);
   const auto timing = measure(job, device, seconds);
@@ -85,7 +88,8 @@ nlohmann::ordered_json run_case(const Case& item, at::Device device, const Rates
           {"flops", both.flops},
           {"bytes", both.bytes},
           {"share_of_limit", share},
-          {"limit", both.flops / rates.matmul_flops > both.bytes / rates.copy_bytes ? "matmul" : "copy"},
+          {"limit",
+           both.flops / rates.matmul_flops > both.bytes / rates.copy_bytes ? "matmul" : "copy"},
           {"repeats", timing.repeats}};
 }
 
@@ -104,9 +108,9 @@ void run(const Arguments& arguments) {
   const auto dtype = device.is_cuda() ? at::kBFloat16 : at::kFloat;
   const auto rates = measure_rates(device, dtype);
   const auto where = machine(facts, rates);
-  std::printf("%s, %s\ncopy %.1f GB/s, matmul %.2f TFLOP/s (%s), disk %.2f GB/s\n\n", facts.name.c_str(),
-              version_line().c_str(), rates.copy_bytes / 1e9, rates.matmul_flops / 1e12, toString(dtype),
-              rates.disk_bytes / 1e9);
+  std::printf("%s, %s\ncopy %.1f GB/s, matmul %.2f TFLOP/s (%s), disk %.2f GB/s\n\n",
+              facts.name.c_str(), version_line().c_str(), rates.copy_bytes / 1e9,
+              rates.matmul_flops / 1e12, toString(dtype), rates.disk_bytes / 1e9);
   std::printf("%-8s %-22s %-26s %-9s %9s %9s %9s %10s %7s\n", "family", "case", "shape", "dtype",
               "fwd ms", "bwd ms", "both ms", "peak MiB", "limit");
   std::ofstream file;
@@ -116,7 +120,8 @@ void run(const Arguments& arguments) {
   }
   for (const auto& [family, cases] : known) {
     const auto& chosen = arguments.families;
-    if (!chosen.empty() && std::find(chosen.begin(), chosen.end(), family) == chosen.end()) continue;
+    if (!chosen.empty() && std::find(chosen.begin(), chosen.end(), family) == chosen.end())
+      continue;
     for (const auto& item : cases(device)) {
       auto row = run_case(item, device, rates, arguments.seconds);
       row.update(where);
@@ -130,11 +135,13 @@ void run(const Arguments& arguments) {
 
 int main(int argc, char** argv) {
   ounce::bench::Arguments arguments;
-  CLI::App app("Benchmarks: a line a case; limit = least possible time by this machine's rates / time");
+  CLI::App app(
+      "Benchmarks: a line a case; limit = least possible time by this machine's rates / time");
   app.add_option("family", arguments.families, "cce, gla, norm, train; default all");
   app.add_option("--json", arguments.json, "append a JSON object a case to this file");
   app.add_option("--device", arguments.device, "auto, cpu, cuda or cuda:N");
-  app.add_option("--seconds", arguments.seconds, "time spent on a case")->check(CLI::PositiveNumber);
+  app.add_option("--seconds", arguments.seconds, "time spent on a case")
+      ->check(CLI::PositiveNumber);
   CLI11_PARSE(app, argc, argv);
   try {
     ounce::count_cpu_memory();

@@ -57,7 +57,8 @@ double disk_rate() {
   for (size_t i = 0; i < kBlock; ++i) block[i] = static_cast<char>(i * 2654435761u >> 13);
   const auto start = Clock::now();
   bool good = true;
-  for (size_t i = 0; i < kBlocks && good; ++i) good = write(file, block.data(), kBlock) == ssize_t(kBlock);
+  for (size_t i = 0; i < kBlocks && good; ++i)
+    good = write(file, block.data(), kBlock) == ssize_t(kBlock);
   good = good && fsync(file) == 0;
   const double seconds = since(start);
   close(file);
@@ -81,7 +82,8 @@ double seconds_of(const std::function<void()>& body, at::Device device) {
   return end.since(start);
 }
 
-at::Tensor random_leaf(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device, double scale) {
+at::Tensor random_leaf(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device,
+                       double scale) {
   return (torch::randn(sizes, at::TensorOptions().device(device)) * scale)
       .to(dtype)
       .detach()
@@ -105,14 +107,16 @@ Rates measure_rates(at::Device device, at::ScalarType dtype) {
   };
   Rates rates;
   // Far past every cache.
-  const int64_t elements = (device.is_cuda() ? int64_t{1} << 30 : int64_t{1} << 27) / elementSize(dtype);
+  const int64_t elements =
+      (device.is_cuda() ? int64_t{1} << 30 : int64_t{1} << 27) / elementSize(dtype);
   const auto from = torch::randn({elements}, options);
   auto to = torch::empty_like(from);
   rates.copy_bytes = 2.0 * static_cast<double>(from.nbytes()) / best_of(5, [&] { to.copy_(from); });
   const int64_t n = device.is_cuda() ? 8192 : 1024;
   const auto a = torch::randn({n, n}, options), b = torch::randn({n, n}, options);
   auto c = torch::empty_like(a);
-  rates.matmul_flops = 2.0 * double(n) * double(n) * double(n) / best_of(5, [&] { at::mm_out(c, a, b); });
+  rates.matmul_flops =
+      2.0 * double(n) * double(n) * double(n) / best_of(5, [&] { at::mm_out(c, a, b); });
   rates.disk_bytes = disk_rate();
   return rates;
 }

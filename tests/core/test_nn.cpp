@@ -62,7 +62,8 @@ TEST(Embedding, EqualsPyTorchs) {
   torch::manual_seed(2);
   Embedding ours(11, 3);
   const auto indices = torch::randint(11, {4, 6});
-  EXPECT_TRUE(ours->forward(indices).equal(torch::nn::functional::embedding(indices, ours->weight)));
+  EXPECT_TRUE(
+      ours->forward(indices).equal(torch::nn::functional::embedding(indices, ours->weight)));
   EXPECT_EQ(ours->forward(torch::zeros({2, 0}, at::kLong)).sizes(), (at::IntArrayRef{2, 0, 3}));
   EXPECT_OUNCE_ERROR(Embedding(3, 0), kUsage, "positive sizes");
 }

@@ -118,7 +118,8 @@ TEST(Options, ValuesOfTheCommandLine) {
 }
 
 TEST(Options, OverDefaults) {
-  const auto defaults = parse("heads = 4\nscale = 1.0\nmode = 'a'\nlist = [1]\n[inner]\nx = 1\ny = 2\n");
+  const auto defaults =
+      parse("heads = 4\nscale = 1.0\nmode = 'a'\nlist = [1]\n[inner]\nx = 1\ny = 2\n");
   const auto o = parse("scale = 2\n[inner]\ny = 5\n").over(defaults, "here");
   EXPECT_EQ(o.integer("heads"), 4);
   EXPECT_TRUE(o.find("scale")->is_number());
@@ -150,8 +151,9 @@ TEST(Options, PartDefaults) {
   const auto defaults = parse("mixer = { name = 'gla', heads = 4 }\n");
   EXPECT_EQ(parse("mixer = 'attention'\n").over(defaults, "m").text("mixer"), "attention");
   EXPECT_EQ(parse("mixer = { name = 'x', own = 1 }\n").over(defaults, "m").integer("mixer.own"), 1);
-  EXPECT_EQ(parse("mixer = ['a', { name = 'b' }]\n").over(defaults, "m").find("mixer")->array().size(),
-            2u);
+  EXPECT_EQ(
+      parse("mixer = ['a', { name = 'b' }]\n").over(defaults, "m").find("mixer")->array().size(),
+      2u);
   EXPECT_OUNCE_ERROR(parse("mixer = 3\n").over(defaults, "m"), kUsage, "expected a name");
   EXPECT_OUNCE_ERROR(parse("mixer = [3]\n").over(defaults, "m"), kUsage, "expected a name");
   // `--set model.mixer.heads=2` where the config names no mixer.
@@ -181,7 +183,8 @@ TEST(Options, TomlRoundTrip) {
   o.set("t.deep.er.b", "c");
   o.set("part.name", "gla");
   o.set("part.inner.name", "deep");
-  o.set("tables", Value(Value::Array{Value(parse("match = '*x*'\n")), Value(parse("match = 'y'\n"))}));
+  o.set("tables",
+        Value(Value::Array{Value(parse("match = '*x*'\n")), Value(parse("match = 'y'\n"))}));
   o.set("after", 1);
   o.set("empty_table", Value(Options()));
   o.set("key with space", 1);

@@ -48,7 +48,8 @@ Result train(Mlp& mlp, bool input_needs_gradient, const Layer& layer) {
   const auto loss = (y * at::randn_like(y)).sum();
   loss.backward();
   Result result{y.detach(), x.grad(), {}};
-  for (const auto& parameter : mlp.parameters()) result.gradients.push_back(parameter.grad().clone());
+  for (const auto& parameter : mlp.parameters())
+    result.gradients.push_back(parameter.grad().clone());
   return result;
 }
 
@@ -79,8 +80,7 @@ std::string error_of(const Action& action) {
 TEST(Recompute, GradientsWithDropoutAreBitEqual) {
   Mlp mlp;
   for (const bool input_needs_gradient : {true, false}) {
-    expect_same(train(mlp, input_needs_gradient, through),
-                train(mlp, input_needs_gradient, plain));
+    expect_same(train(mlp, input_needs_gradient, through), train(mlp, input_needs_gradient, plain));
   }
 }
 
@@ -98,8 +98,8 @@ TEST(Recompute, Nested) {
 
 TEST(Recompute, AutocastIsRestored) {
   Mlp mlp, other;
-  // A weight used in two layers has its gradients summed in another precision by autocast's cache, so
-  // each model here is used once.
+  // A weight used in two layers has its gradients summed in another precision by autocast's cache,
+  // so each model here is used once.
   const auto with = [&](const auto& layer) {
     mlp.zero_grad();
     other.zero_grad();
@@ -173,7 +173,8 @@ TEST(Recompute, UndefinedAndOddTensors) {
   const auto out = recompute(
       [](const Tensors& in) {
         EXPECT_FALSE(in[1].defined());
-        return Tensors{at::Tensor(), in[0].index({in[2]}).square(), in[2] + 1, in[0], in[0].view({1, 3})};
+        return Tensors{at::Tensor(), in[0].index({in[2]}).square(), in[2] + 1, in[0],
+                       in[0].view({1, 3})};
       },
       {x, at::Tensor(), index});
   ASSERT_EQ(out.size(), 5u);
@@ -190,7 +191,10 @@ TEST(Recompute, UnusedOutputsAndConstantsGiveNoGradient) {
   const auto x = torch::randn({3}).requires_grad_(true);
   const auto frozen = torch::randn({3});
   const auto out = recompute(
-      [&](const Tensors& in) { return Tensors{in[0] * 2, frozen * 3}; }, {x});
+      [&](const Tensors& in) {
+        return Tensors{in[0] * 2, frozen * 3};
+      },
+      {x});
   out[1].sum().backward();
   EXPECT_FALSE(x.grad().defined());
 }
@@ -231,7 +235,8 @@ TEST(Recompute, MisuseIsNamed) {
   EXPECT_NE(error_of([&] { y.backward({}, true, /*create_graph=*/true); }).find("double backward"),
             std::string::npos);
   int calls = 0;
-  y = recompute([&](const Tensors& in) { return calls++ == 0 ? Tensors{in[0] * 2} : Tensors{}; }, {a})[0];
+  y = recompute([&](const Tensors& in) { return calls++ == 0 ? Tensors{in[0] * 2} : Tensors{}; },
+                {a})[0];
   EXPECT_NE(error_of([&] { y.sum().backward(); }).find("1 outputs first and 0"), std::string::npos);
 }
 
@@ -254,9 +259,11 @@ TEST(Recompute, KeepsLessMemory) {
   };
   const auto [plain_held, plain_peak] = measure(plain);
   const auto [held, peak] = measure(through);
-  std::printf("held %ld against %ld, peak %ld against %ld bytes\n", held, plain_held, peak, plain_peak);
+  std::printf("held %ld against %ld, peak %ld against %ld bytes\n", held, plain_held, peak,
+              plain_peak);
   const int64_t boundary = rows * dim * static_cast<int64_t>(sizeof(float));
-  EXPECT_LE(held, (layers + 1) * boundary + layers * 8192);  // the layers' inputs, generators' states
+  EXPECT_LE(held,
+            (layers + 1) * boundary + layers * 8192);  // the layers' inputs, generators' states
   EXPECT_LT(2 * peak, plain_peak);
 }
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-namespace ounce::testing {
+namespace ounce::cce_test {
 
 struct CceCase {
   at::Tensor hidden, weight, target, bias, token_weight, class_weight;
@@ -130,4 +130,4 @@ std::string message_of(const F& f) {
   return "";
 }
 
-}  // namespace ounce::testing
+}  // namespace ounce::cce_test

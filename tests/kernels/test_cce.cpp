@@ -13,12 +13,12 @@ namespace ounce {
 namespace {
 
 using at::Tensor;
-using testing::backward;
-using testing::CceCase;
-using testing::composed;
-using testing::message_of;
-using testing::random_case;
-using testing::relative_error;
+using cce_test::backward;
+using cce_test::CceCase;
+using cce_test::composed;
+using cce_test::message_of;
+using cce_test::random_case;
+using cce_test::relative_error;
 
 // Loss, lse and all gradients of `c` in fp64 against the composed formula.
 void expect_equal_fp64(const CceCase& c, double bound = 1e-12) {
@@ -143,6 +143,21 @@ TEST(Cce, BiasOfAWideLayer) {
   auto c = random_case({9}, 2304, 64, false);
   c.bias = torch::randn({64}, at::kDouble) * 0.02;
   expect_equal_fp64(c);
+}
+
+// Converted to fp32 in three slabs of the vocabulary.
+TEST(Cce, SixteenBitWeightLargerThanASlab) {
+  auto ours = random_case({5}, 2304, 4001, true).as(at::kBFloat16);
+  auto exact = ours.as(at::kDouble);
+  const auto loss = ours.run().loss, ref = composed(exact).loss;
+  EXPECT_LE(relative_error(loss, ref), 1e-6);
+  loss.backward();
+  ref.backward();
+  for (auto CceCase::*input : {&CceCase::hidden, &CceCase::weight, &CceCase::bias}) {
+    const auto gradient = (exact.*input).grad();
+    const double one_rounding = relative_error(gradient.to(at::kBFloat16), gradient);
+    EXPECT_LE(relative_error((ours.*input).grad(), gradient), 1.1 * one_rounding);
+  }
 }
 
 // --- numerics -----------------------------------------------------------------------------------

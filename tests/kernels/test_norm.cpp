@@ -15,8 +15,8 @@ namespace ounce {
 namespace {
 
 using at::Tensor;
-using testing::message_of;
-using testing::relative_error;
+using cce_test::message_of;
+using cce_test::relative_error;
 
 Tensor composed(const Tensor& x, const Tensor& weight, double eps) {
   const auto y = x / torch::sqrt(x.square().mean(-1, true) + eps);

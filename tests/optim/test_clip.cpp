@@ -11,8 +11,12 @@ using ounce::optim::clip_by_norm;
 
 std::vector<at::Tensor> random_gradients() {
   torch::manual_seed(1);
-  return {torch::randn({37, 5}), at::Tensor(), torch::randn({0, 4}), torch::randn({}),
-          torch::randn({64}).to(at::kBFloat16), torch::randn({9}, at::kDouble)};
+  return {torch::randn({37, 5}),
+          at::Tensor(),
+          torch::randn({0, 4}),
+          torch::randn({}),
+          torch::randn({64}).to(at::kBFloat16),
+          torch::randn({9}, at::kDouble)};
 }
 
 double reference_norm(const std::vector<at::Tensor>& gradients) {

@@ -45,7 +45,8 @@ std::vector<at::Tensor> gradients_of(const std::vector<at::Tensor>& parameters, 
   return result;
 }
 
-void set_gradients(const std::vector<at::Tensor>& parameters, const std::vector<at::Tensor>& values) {
+void set_gradients(const std::vector<at::Tensor>& parameters,
+                   const std::vector<at::Tensor>& values) {
   for (size_t i = 0; i < parameters.size(); ++i) parameters[i].mutable_grad() = values[i].clone();
 }
 
@@ -102,10 +103,9 @@ TEST_P(AgainstTorch, FiftySteps) {
   const auto [type, amsgrad] = GetParam();
   const auto ours = make_parameters(type, 1), theirs = copies(ours);
   FusedAdamW optimizer(ours, like_torch(amsgrad));
-  torch::optim::AdamW reference(theirs, torch::optim::AdamWOptions(3e-2)
-                                            .betas({0.9, 0.99})
-                                            .weight_decay(0.1)
-                                            .amsgrad(amsgrad));
+  torch::optim::AdamW reference(
+      theirs,
+      torch::optim::AdamWOptions(3e-2).betas({0.9, 0.99}).weight_decay(0.1).amsgrad(amsgrad));
   for (int64_t step = 0; step < 50; ++step) {
     set_gradients(ours, gradients_of(ours, step));
     set_gradients(theirs, gradients_of(ours, step));
@@ -156,10 +156,11 @@ TEST(FusedAdamW, GradientsAreMultipliedByTheScale) {
 TEST(FusedAdamW, SkippedStepChangesNothing) {
   const auto parameters = make_parameters(at::kFloat, 4), twins = copies(parameters);
   FusedAdamW a(parameters), b(twins);
-  const auto train = [](FusedAdamW& optimizer, const std::vector<at::Tensor>& members, int64_t step) {
+  const auto train = [](FusedAdamW& optimizer, const std::vector<at::Tensor>& members,
+                        int64_t step) {
     set_gradients(members, gradients_of(members, step));
-    optimizer.step({.lr = torch::tensor(0.01f), .grad_scale = torch::tensor(0.5f),
-                    .skip = torch::zeros({})});
+    optimizer.step(
+        {.lr = torch::tensor(0.01f), .grad_scale = torch::tensor(0.5f), .skip = torch::zeros({})});
   };
   train(a, parameters, 0);
   train(b, twins, 0);
@@ -167,7 +168,8 @@ TEST(FusedAdamW, SkippedStepChangesNothing) {
   for (const float flag : {1.0f, 3.0f, -1.0f}) {
     set_gradients(parameters, gradients_of(parameters, 1));
     parameters[0].mutable_grad().fill_(std::nan(""));
-    a.step({.lr = torch::tensor(0.01f), .grad_scale = torch::tensor(std::nanf("")),
+    a.step({.lr = torch::tensor(0.01f),
+            .grad_scale = torch::tensor(std::nanf("")),
             .skip = torch::tensor(flag)});
     EXPECT_TRUE(same_state(a, before)) << "skip = " << flag;
     for (size_t i = 0; i < twins.size(); ++i) EXPECT_TRUE(same_bits(parameters[i], twins[i])) << i;
@@ -243,7 +245,8 @@ TEST(FusedAdamW, TwentyMoreStepsAfterLoadingAreBitEqual) {
   FusedAdamW loaded(resumed, like_torch(true));
   torch::load(loaded, file);
   train(loaded, resumed, 20);
-  for (size_t i = 0; i < resumed.size(); ++i) EXPECT_TRUE(same_bits(parameters[i], resumed[i])) << i;
+  for (size_t i = 0; i < resumed.size(); ++i)
+    EXPECT_TRUE(same_bits(parameters[i], resumed[i])) << i;
   EXPECT_TRUE(same_state(loaded, state_of(optimizer)));
 }
 
@@ -284,7 +287,9 @@ TEST(FusedAdamW, SixteenBitParametersAreRefusedByName) {
 }
 
 TEST(FusedAdamW, BadOptionsAreNamed) {
-  const auto with = [](AdamWOptions options) { FusedAdamW(make_parameters(at::kFloat, 10), options); };
+  const auto with = [](AdamWOptions options) {
+    FusedAdamW(make_parameters(at::kFloat, 10), options);
+  };
   EXPECT_ERROR(with({.lr = -1}), "lr >= 0");
   EXPECT_ERROR(with({.beta1 = 1.5}), "'beta1'");
   EXPECT_ERROR(with({.beta2 = 1}), "below 1");
@@ -321,8 +326,8 @@ TEST(FusedAdamW, RegistryDefaultsAreTheStructs) {
   EXPECT_EQ(defaults.flag("amsgrad"), options.amsgrad);
   EXPECT_EQ(defaults.flag("maximize"), options.maximize);
 
-  const NamedOptimizer::Context context{
-      {{"w", torch::randn({3, 3}).requires_grad_(true)}, {"norm", torch::ones({3}).requires_grad_()}}};
+  const NamedOptimizer::Context context{{{"w", torch::randn({3, 3}).requires_grad_(true)},
+                                         {"norm", torch::ones({3}).requires_grad_()}}};
   const auto make = [&](const std::string& toml) {
     return ounce::registry<NamedOptimizer>().make(Options::parse(toml, "test"), context);
   };

@@ -30,9 +30,9 @@ std::string error_of(const Action& action) {
   return "";
 }
 
-#define EXPECT_ERROR(statement, part)                                    \
-  do {                                                                   \
-    const auto text = error_of([&] { statement; });                      \
+#define EXPECT_ERROR(statement, part)                                       \
+  do {                                                                      \
+    const auto text = error_of([&] { statement; });                         \
     EXPECT_NE(text.find(part), std::string::npos) << "error was: " << text; \
   } while (false)
 
@@ -109,7 +109,8 @@ TEST(NamedOptimizer, DefaultGroupsSpareNormsBiasesEmbeddings) {
   FusedAdamW optimizer(model);
   ASSERT_EQ(optimizer.param_groups().size(), 2u);
   const auto decay = [&](size_t group) {
-    return static_cast<const NamedOptimizer::GroupOptions&>(optimizer.param_groups()[group].options())
+    return static_cast<const NamedOptimizer::GroupOptions&>(
+               optimizer.param_groups()[group].options())
         .values.number("weight_decay");
   };
   EXPECT_EQ(decay(0), 0.1);
@@ -159,7 +160,8 @@ TEST(NamedOptimizer, BadGroupsAndParametersAreNamed) {
   EXPECT_ERROR(with("*", "lr = 0.1\nlr_scale = 2.0"), "lr or lr_scale, got both");
   EXPECT_ERROR(NamedOptimizer::parse_groups(ounce::Value(ounce::Value::Array{1})), "'match'");
   EXPECT_ERROR(FusedAdamW(std::vector<at::Tensor>{}), "got none");
-  EXPECT_ERROR(FusedAdamW(NamedParameters{{"a", leaf({1})}, {"a", leaf({1})}}), "'a' is empty or given");
+  EXPECT_ERROR(FusedAdamW(NamedParameters{{"a", leaf({1})}, {"a", leaf({1})}}),
+               "'a' is empty or given");
   EXPECT_ERROR(FusedAdamW(NamedParameters{{"a", leaf({1}) * 2}}), "leaf");
   FusedAdamW optimizer(std::vector<at::Tensor>{leaf({2, 3})});
   EXPECT_ERROR(optimizer.name_of(leaf({5})), "[5] is not a parameter of this optimizer");
@@ -280,7 +282,8 @@ TEST(NamedOptimizer, StepLrAndClipGradNormAndClosuresWork) {
     loss = optimizer
                .step([&] {
                  optimizer.zero_grad();
-                 auto value = model->head(model->norm(model->embed(torch::arange(7)))).square().mean();
+                 auto value =
+                     model->head(model->norm(model->embed(torch::arange(7)))).square().mean();
                  value.backward();
                  torch::nn::utils::clip_grad_norm_(model->parameters(), 1.0);
                  return value;

@@ -29,6 +29,6 @@ void expect_error(Fault fault, std::initializer_list<std::string> parts, Call ca
 }  // namespace ounce::test
 
 // The same for one statement and one part.
-#define EXPECT_OUNCE_ERROR(statement, expected_fault, part)                     \
+#define EXPECT_OUNCE_ERROR(statement, expected_fault, part)                        \
   ::ounce::test::expect_error(::ounce::Fault::expected_fault, {std::string(part)}, \
                               [&] { static_cast<void>(statement); })

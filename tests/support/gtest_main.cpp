@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// main() of every test program. Without a GPU, tests of it are skipped and say so; OUNCE_REQUIRE_CUDA=1
-// turns a skipped test into a failure, so that a GPU's run cannot pass by testing nothing.
+// main() of every test program. Without a GPU, tests of it are skipped and say so;
+// OUNCE_REQUIRE_CUDA=1 turns a skipped test into a failure, so that a GPU's run cannot pass by
+// testing nothing.
 #include <gtest/gtest.h>
 
 #include <cstdio>

@@ -4,9 +4,9 @@
 //
 //   ounce::testing::run_ranks(4, [](auto group) { group->allreduce(...)->wait(); });
 //
-// Collectives complete before they return, reduce in the order of ranks (so that every rank gets the
-// same bits), copy through host-visible clones, and time out after a minute. A rank that calls another
-// collective than the rest, or brings other shapes, makes all of them throw.
+// Collectives complete before they return, reduce in the order of ranks (so that every rank gets
+// the same bits), copy through host-visible clones, and time out after a minute. A rank that calls
+// another collective than the rest, or brings other shapes, makes all of them throw.
 #pragma once
 
 #include <torch/torch.h>
@@ -47,8 +47,8 @@ class LocalWorld {
     const auto meeting = round_;
     if (meeting->arrived == 0) meeting->what = what;
     if (meeting->what != what) {
-      meeting->error = "rank " + std::to_string(rank) + " calls " + what + " while others call " +
-                       meeting->what;
+      meeting->error =
+          "rank " + std::to_string(rank) + " calls " + what + " while others call " + meeting->what;
     }
     meeting->tensors->at(rank) = std::move(copies);
     if (++meeting->arrived == size_) {
@@ -211,11 +211,20 @@ class LocalBackend : public c10d::Backend {
                   other.sizes(), ", rank 0 ", result.sizes());
       switch (op.op_) {
         case c10d::ReduceOp::SUM:
-        case c10d::ReduceOp::AVG: result.add_(other); break;
-        case c10d::ReduceOp::MAX: result = at::maximum(result, other); break;
-        case c10d::ReduceOp::MIN: result = at::minimum(result, other); break;
-        case c10d::ReduceOp::PRODUCT: result.mul_(other); break;
-        default: TORCH_CHECK(false, "[local group] reduction ", int{op.op_}, " is not offered");
+        case c10d::ReduceOp::AVG:
+          result.add_(other);
+          break;
+        case c10d::ReduceOp::MAX:
+          result = at::maximum(result, other);
+          break;
+        case c10d::ReduceOp::MIN:
+          result = at::minimum(result, other);
+          break;
+        case c10d::ReduceOp::PRODUCT:
+          result.mul_(other);
+          break;
+        default:
+          TORCH_CHECK(false, "[local group] reduction ", int{op.op_}, " is not offered");
       }
     }
     if (op.op_ == c10d::ReduceOp::AVG) result.div_(static_cast<int64_t>(all.size()));

@@ -82,10 +82,18 @@ TEST(Format, Scientific) {
 }
 
 Record train_row(int64_t step) {
-  return {"train", step, {{"loss", 3.4121}, {"norm", 0.912}, {"lr", 5.8e-4}, {"ms", 92.13},
-                          {"tok_s", 142345.0}, {"mfu", 0.4131}, {"eta_s", 82.0},
-                          {"mem", int64_t{8697308774}}, {"steps", int64_t{1000}},
-                          {"ckpt_step", int64_t{100}}}};
+  return {"train",
+          step,
+          {{"loss", 3.4121},
+           {"norm", 0.912},
+           {"lr", 5.8e-4},
+           {"ms", 92.13},
+           {"tok_s", 142345.0},
+           {"mfu", 0.4131},
+           {"eta_s", 82.0},
+           {"mem", int64_t{8697308774}},
+           {"steps", int64_t{1000}},
+           {"ckpt_step", int64_t{100}}}};
 }
 
 TEST(ConsoleSink, StepLine) {
@@ -93,9 +101,10 @@ TEST(ConsoleSink, StepLine) {
   const auto sink = ounce::console_sink(out);
   sink->write({"config", 0, {{"torch", "2"}}});
   sink->write(train_row(120));
-  EXPECT_EQ(out.str(),
-            "step 120/1000 | loss 3.412 | norm 0.91 | lr 5.8e-4 | 92.1 ms | 142k tok/s | 41.3% MFU | "
-            "8.1 GiB | ckpt 100 durable | eta 1m22s\n");
+  EXPECT_EQ(
+      out.str(),
+      "step 120/1000 | loss 3.412 | norm 0.91 | lr 5.8e-4 | 92.1 ms | 142k tok/s | 41.3% MFU | "
+      "8.1 GiB | ckpt 100 durable | eta 1m22s\n");
   out.str("");
   sink->write({"train", 1, {{"loss", std::nan("")}, {"ms", 12345.6}, {"gate", 0.123456}}});
   EXPECT_EQ(out.str(), "step 1 | loss nan | 12.3 s | gate 0.1235\n");
@@ -104,7 +113,8 @@ TEST(ConsoleSink, StepLine) {
 TEST(ConsoleSink, OtherRows) {
   std::ostringstream out;
   const auto sink = ounce::console_sink(out);
-  sink->write({"eval", 100, {{"val_loss", 1.91234}, {"best", 1.9}, {"bits", 2.7588}, {"seconds", 12.3}}});
+  sink->write(
+      {"eval", 100, {{"val_loss", 1.91234}, {"best", 1.9}, {"bits", 2.7588}, {"seconds", 12.3}}});
   sink->write({"ckpt", 100, {{"seconds", 0.41}, {"bytes", int64_t{25480397}}}});
   sink->write({"sample", 100, {{"text", "two\nlines"}}});
   EXPECT_EQ(out.str(),
@@ -118,8 +128,9 @@ TEST(JsonLines, OneObjectALine) {
   const auto path = folder / "metrics.jsonl";
   const auto sink = ounce::jsonl_sink(path, 0);
   sink->write({"train", 1, {{"loss", 0.1}, {"norm", std::nan("")}, {"tokens", int64_t{1} << 53}}});
-  EXPECT_EQ(content(path), "{\"t\":\"train\",\"step\":1,\"loss\":0.1,\"norm\":null,"
-                           "\"tokens\":9007199254740992}\n");  // there while the run goes on
+  EXPECT_EQ(content(path),
+            "{\"t\":\"train\",\"step\":1,\"loss\":0.1,\"norm\":null,"
+            "\"tokens\":9007199254740992}\n");  // there while the run goes on
   sink->write({"sample", 1, {{"text", "a\"b\n\xff"}}});
   EXPECT_EQ(content(path).substr(content(path).find('\n') + 1),
             "{\"t\":\"sample\",\"step\":1,\"text\":\"a\\\"b\\n\xef\xbf\xbd\"}\n");
@@ -153,7 +164,8 @@ TEST(JsonLines, ResumingDropsWhatWillBeMadeAgain) {
   // A whole last row whose newline is missing is kept, and not glued to the next.
   std::ofstream(path, std::ios::app) << "{\"t\":\"train\",\"step\":5}";
   ounce::jsonl_sink(path, 9)->write({"train", 6, {}});
-  EXPECT_EQ(content(path), expected + "{\"t\":\"train\",\"step\":5}\n{\"t\":\"train\",\"step\":6}\n");
+  EXPECT_EQ(content(path),
+            expected + "{\"t\":\"train\",\"step\":5}\n{\"t\":\"train\",\"step\":6}\n");
 }
 
 TEST(JsonLines, UnwritableIsNamed) {
@@ -203,8 +215,8 @@ uint32_t masked(const std::string& bytes) {
   return (crc >> 15 | crc << 17) + 0xa282ead8u;
 }
 
-// Two sittings: steps 1 to 4, then again from step 2. With OUNCE_EVENTS_DIR the files stay there, for
-// tests/python/test_tensorboard.py to read.
+// Two sittings: steps 1 to 4, then again from step 2. With OUNCE_EVENTS_DIR the files stay there,
+// for tests/python/test_tensorboard.py to read.
 TEST(EventFiles, FramesAreWhole) {
   ASSERT_EQ(plain_crc32c("123456789"), 0xe3069283u);  // the check value of CRC-32C
   const Folder temporary;

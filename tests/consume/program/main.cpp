@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Trains a language model with a mixer of its own in a plain LibTorch loop, with an optimizer of the
-// library: first the mixer registered here, then the same one from the plug-in named on the command line.
+// Trains a language model with a mixer of its own in a plain LibTorch loop, with an optimizer of
+// the library: first the mixer registered here, then the same one from the plug-in named on the
+// command line.
 #include <ounce/core/model/model.h>
 #include <ounce/core/registry.h>
 #include <ounce/optim/fused_adamw.h>
@@ -29,9 +30,10 @@ at::Tensor sequences() {
 // Mean loss over the last ten of 300 steps.
 double train(const std::string& mixer) {
   torch::manual_seed(1);
-  const auto spec = ounce::Options::parse(
-      "model = { name = \"lm\", dim = 64, layers = 1, mixer = { name = \"" + mixer + "\", taps = 2 } }",
-      "consumer");
+  const auto spec =
+      ounce::Options::parse("model = { name = \"lm\", dim = 64, layers = 1, mixer = { name = \"" +
+                                mixer + "\", taps = 2 } }",
+                            "consumer");
   auto model = ounce::registry<ounce::Model>().make(*spec.find("model"),
                                                     {.vocab = kVocab, .max_length = kLength});
   ounce::optim::FusedAdamW optimizer(*model, {.lr = 3e-3});

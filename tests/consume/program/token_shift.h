@@ -5,8 +5,8 @@
 #include <ounce/core/nn/parts.h>
 #include <torch/nn/module.h>
 
-// A mixer from outside of the library: y_t = W (x_t, x_(t-1), ..., x_(t-n+1)), with zeros before the
-// start.
+// A mixer from outside of the library: y_t = W (x_t, x_(t-1), ..., x_(t-n+1)), with zeros before
+// the start.
 class TokenShift : public ounce::Mixer {
  public:
   TokenShift(int64_t dim, int64_t taps) : taps_(taps) {

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""Writes the tables of the READMEs from tests/bench/results/*.jsonl.
+
+    python3 tests/bench/tables.py [--check] [FILE...]      default: every tracked *.md
+
+A table stands between two lines, and what is between them is replaced:
+
+    <!-- bench:NAME key=value ... -->
+    <!-- /bench -->
+
+NAME is the file results/NAME.jsonl. Keys choose its rows: family=cce device=H100 (a part of the value is
+enough); the newest row of each case is shown. columns=a,b,... chooses columns. --check changes nothing and
+fails where a table is not what the files say.
+"""
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.abspath(os.path.join(HERE, "..", ".."))
+BLOCK = re.compile(r"(<!-- bench:(\S+)((?: [^ ]+)*?) -->\n)(.*?)(<!-- /bench -->)", re.S)
+
+# How a column is headed and written.
+COLUMNS = {
+    "family": ("family", str),
+    "name": ("case", str),
+    "peer": ("peer", str),
+    "shape": ("shape", lambda v: " x ".join(map(str, v)) if isinstance(v, list) else str(v)),
+    "dtype": ("dtype", str),
+    "pass": ("pass", str),
+    "forward_ms": ("forward ms", "{:.2f}".format),
+    "backward_ms": ("backward ms", "{:.2f}".format),
+    "both_ms": ("both ms", "{:.2f}".format),
+    "ours_ms": ("ours ms", "{:.2f}".format),
+    "peer_ms": ("peer ms", "{:.2f}".format),
+    "ratio": ("peer / ours", "{:.2f}".format),
+    "peak_bytes": ("peak MiB", lambda v: f"{v / 2**20:.1f}"),
+    "ours_peak_bytes": ("ours MiB", lambda v: f"{v / 2**20:.1f}"),
+    "peer_peak_bytes": ("peer MiB", lambda v: f"{v / 2**20:.1f}"),
+    "share_of_limit": ("share of the limit", "{:.0%}".format),
+    "difference": ("difference", "{:.0e}".format),
+}
+DEFAULT_COLUMNS = {
+    "bench": "name shape dtype forward_ms backward_ms both_ms peak_bytes share_of_limit".split(),
+    "peers": "peer shape dtype pass ours_ms peer_ms ratio ours_peak_bytes peer_peak_bytes".split(),
+}
+IDENTITY = ("t", "family", "name", "peer", "shape", "dtype", "pass", "device")
+
+
+def read_rows(name, wanted):
+    path = os.path.join(HERE, "results", name + ".jsonl")
+    if not os.path.exists(path):
+        raise SystemExit(f"tables.py: there is no {os.path.relpath(path, ROOT)}")
+    newest = {}
+    with open(path) as lines:
+        for line in lines:
+            row = json.loads(line)
+            if all(value in str(row.get(key, "")) for key, value in wanted.items()):
+                newest[tuple(str(row.get(key)) for key in IDENTITY)] = row
+    return list(newest.values())
+
+
+def table(name, settings):
+    wanted = dict(item.split("=", 1) for item in settings.split())
+    columns = wanted.pop("columns", "").split(",")
+    rows = read_rows(name, wanted)
+    if not rows:
+        raise SystemExit(f"tables.py: bench:{name}{settings} chooses no row")
+    if columns == [""]:
+        columns = DEFAULT_COLUMNS[rows[0]["t"]]
+
+    def cell(row, column):
+        value = row.get(column)
+        return "" if value is None else COLUMNS[column][1](value)
+
+    lines = [[COLUMNS[c][0] for c in columns], ["---"] * len(columns)]
+    lines += [[cell(row, c) for c in columns] for row in rows]
+    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    places = sorted({(r["device"], r.get("version") or "torch " + r["torch"], r["commit"], r["date"][:10]) for r in rows})
+    for device, version, commit, date in places:
+        text += f"\n{device}; {version}; commit {commit}; {date}"
+    rates = [r for r in rows if "copy_gb_s" in r]
+    if rates:
+        r = rates[-1]
+        text += f"; copy {r['copy_gb_s']:.0f} GB/s, matmul {r['matmul_tflop_s']:.2f} TFLOP/s in the same run"
+    return text + ".\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("file", nargs="*")
+    arguments = parser.parse_args()
+    files = arguments.file or [
+        os.path.join(ROOT, f)
+        for f in subprocess.run(
+            ["git", "-C", ROOT, "ls-files", "*.md"], capture_output=True, text=True, check=True
+        ).stdout.split()
+    ]
+    stale = []
+    for path in files:
+        with open(path) as file:
+            old = file.read()
+        new = BLOCK.sub(lambda m: m[1] + table(m[2], m[3]) + m[5], old)
+        if new == old:
+            continue
+        stale.append(path)
+        if not arguments.check:
+            with open(path, "w") as file:
+                file.write(new)
+    for path in stale:
+        print(("out of date: " if arguments.check else "updated: ") + os.path.relpath(path, ROOT))
+    return 1 if arguments.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

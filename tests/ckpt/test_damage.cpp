@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: MIT
+// Damaged and hostile files: nothing is loaded from them, nothing crashes.
+#include "ckpt/sample_state.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <ounce/ckpt/reader.h>
+#include <ounce/ckpt/storage_error.h>
+#include <ounce/ckpt/sums.h>
+#include <ounce/core/check.h>
+
+#include <fstream>
+#include <iostream>
+#include <random>
+#include <sstream>
+
+namespace ounce::ckpt {
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::HasSubstr;
+
+std::string bytes_of(const std::string& path) {
+  std::ostringstream text;
+  text << std::ifstream(path, std::ios::binary).rdbuf();
+  return text.str();
+}
+
+void write_bytes(const std::string& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
+}
+
+// A manifest with the right sum for whatever it says.
+std::string signed_text(std::string body) {
+  const std::string start = "{\"self_xxh3\":\"";
+  auto text = start + std::string(32, '0') + "\"," + body;
+  RunningSum sum;
+  sum.add(text.data(), text.size());
+  return text.replace(start.size(), 32, sum.digits());
+}
+
+std::string manifest_with(const std::string& tensors, const std::string& format = "1",
+                          const std::string& file = "rank00000.h5") {
+  return signed_text("\"format\":" + format +
+                     ",\"uuid\":\"u\",\"step\":1,\"sequence\":0,\"block_bytes\":4194304,"
+                     "\"metrics\":{},\"notes\":{},\"scalars\":[],\"files\":[{\"name\":\"" +
+                     file + "\",\"size\":100000,\"rest_xxh3\":\"\"}],\"tensors\":" + tensors + "}");
+}
+
+std::string tensor_with(const std::string& name, const std::string& shape,
+                        const std::string& offset, const std::string& bytes,
+                        const std::string& sums = "\"0123456789abcdef\"") {
+  return "{\"name\":\"" + name + "\",\"dtype\":\"float32\",\"class\":\"step\",\"shape\":" + shape +
+         ",\"file\":0,\"offset\":" + offset + ",\"bytes\":" + bytes + ",\"sums\":" + sums + "}";
+}
+
+StorageError::Kind kind_of(const std::string& text) {
+  try {
+    parse_manifest(text);
+  } catch (const StorageError& error) {
+    return error.kind();
+  }
+  return static_cast<StorageError::Kind>(-1);
+}
+
+TEST(Manifest, RefusesWhatItCannotTrust) {
+  const auto good = manifest_with("[" + tensor_with("a", "[10]", "4096", "40") + "]");
+  ASSERT_EQ(parse_manifest(good).tensors.at(0).bytes, 40);
+  const std::string deep = std::string(1000000, '[') + std::string(1000000, ']');
+  const std::string bad[] = {
+      "",
+      "{",
+      good.substr(1),
+      good + " ",
+      signed_text(deep),
+      signed_text("\"a\":" + deep + "}"),
+      signed_text("\"format\":1}"),
+      manifest_with(deep),
+      manifest_with("{}"),
+      manifest_with("[1]"),
+      manifest_with("[" + tensor_with("../a", "[10]", "4096", "40") + "]"),
+      manifest_with("[" + tensor_with("a\\u0000b", "[10]", "4096", "40") + "]"),
+      manifest_with("[" + tensor_with("", "[10]", "4096", "40") + "]"),
+      manifest_with("[" + tensor_with("a", "[-1]", "4096", "40") + "]"),
+      manifest_with("[" + tensor_with("a", "[1e1]", "4096", "40") + "]"),
+      manifest_with("[" + tensor_with("a", "[18446744073709551615]", "4096", "40") + "]"),
+      manifest_with("[" + tensor_with("a", "[4611686018427387904,4]", "0", "0", "\"\"") + "]"),
+      manifest_with("[" + tensor_with("a", "[4294967296,4294967296]", "0", "0", "\"\"") + "]"),
+      manifest_with("[" + tensor_with("a", "[0,4294967296,4294967296]", "0", "4") + "]"),
+      manifest_with("[" + tensor_with("a", "[10]", "9223372036854775807", "40") + "]"),
+      manifest_with("[" + tensor_with("a", "[10]", "99961", "40") + "]"),
+      manifest_with("[" + tensor_with("a", "[10]", "-1", "40") + "]"),
+      manifest_with("[" + tensor_with("a", "[10]", "4096", "44") + "]"),
+      manifest_with("[" + tensor_with("a", "[10]", "4096", "40", "\"\"") + "]"),
+      manifest_with("[" + tensor_with("a", "[10]", "4096", "40", "\"0123456789abcdeF\"") + "]"),
+      manifest_with("[" + tensor_with("a", "[1" + std::string(100, '0') + "]", "0", "4") + "]"),
+      manifest_with("[" + tensor_with("a", "[10]", "4096", "40") + "," +
+                    tensor_with("a", "[10]", "8192", "40") + "]"),
+      manifest_with("[" + tensor_with("a", "[10]", "4096", "40") + "," +
+                    tensor_with("b", "[10]", "4100", "40") + "]"),
+      manifest_with("[]", "1", "../x"),
+      manifest_with("[]", "1", ""),
+      manifest_with("[]", "1", ".x"),
+      manifest_with("[]", "1", "/etc/passwd"),
+      manifest_with("[]", "0"),
+      manifest_with("[]", "\"1\""),
+      manifest_with("[{\"name\":\"a\",\"dtype\":\"float32\",\"class\":\"\",\"shape\":[],"
+                    "\"tied_to\":\"a\"}]")};
+  for (const auto& text : bad) {
+    EXPECT_EQ(kind_of(text), StorageError::Kind::kDamaged) << text.substr(0, 400);
+  }
+  EXPECT_EQ(kind_of(manifest_with("[]", "2")), StorageError::Kind::kNewerFormat);
+}
+
+TEST(Manifest, SurvivesItsOwnText) {
+  Manifest manifest;
+  manifest.uuid = "u";
+  manifest.step = 12;
+  manifest.notes = {{"config", "a = \"b\"\n# \xff µ"}};
+  manifest.files = {{"rank00000.h5", 1 << 20, "sum"}};
+  manifest.tensors.push_back({"a/b", "bfloat16", "step", {0, 3}, "", 0, 0, 0, {}});
+  const auto text = manifest_text(manifest);
+  EXPECT_EQ(manifest_text(parse_manifest(text)),
+            manifest_text(parse_manifest(manifest_text(parse_manifest(text)))));
+  // Any single flip is seen.
+  for (size_t i = 0; i < text.size(); ++i) {
+    auto flipped = text;
+    flipped[i] = static_cast<char>(flipped[i] ^ (1 << (i % 8)));
+    EXPECT_EQ(kind_of(flipped), StorageError::Kind::kDamaged) << i;
+  }
+}
+
+TEST(Manifest, NamesStepsBothWays) {
+  EXPECT_EQ(step_name(1000), "step_0000001000");
+  for (const int64_t step :
+       {int64_t{0}, int64_t{7}, int64_t{9999999999}, int64_t{123456789012345}}) {
+    EXPECT_EQ(parse_step_name(step_name(step)), step);
+  }
+  for (const auto* name : {"step_", "step_1", "step_000000000a", "step_00000000010", "x",
+                           "step_99999999999999999999999", ".tmp-step_0000000001-ab"}) {
+    EXPECT_EQ(parse_step_name(name), -1) << name;
+  }
+}
+
+class Damage : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    Checkpointer writer({.root = folder_.path(), .keep_last = 0});
+    for (const int step : {1, 2}) {
+      auto state = small_state(step, 20000);
+      paths_.push_back(writer.save(step, {{"s", &state}}).info.path);
+    }
+  }
+
+  bool verifies() { return verify_step(posix_file_system(), paths_[1], false).problems.empty(); }
+
+  // The damaged second step is passed over for the first, which is whole.
+  void expect_fallback(const std::string& what) {
+    EXPECT_FALSE(verifies()) << what;
+    auto loaded = small_state(9, 20000);
+    const auto report = load_checkpoint(folder_.path(), std::nullopt, {{"s", &loaded}});
+    EXPECT_EQ(report.info.step, 1) << what;
+    EXPECT_TRUE(same_state(loaded, small_state(1, 20000))) << what;
+    EXPECT_EQ(report.rejected.size(), 1u) << what;
+  }
+
+  const TemporaryFolder folder_;
+  std::vector<std::string> paths_;
+};
+
+TEST_F(Damage, EveryFlippedBitIsSeen) {
+  const auto data = paths_[1] + "/rank00000.h5", manifest = paths_[1] + "/manifest.json";
+  std::mt19937_64 random(7);
+  ASSERT_TRUE(verifies());
+  const auto reader = StepReader(posix_file_system(), paths_[1]);
+  std::map<std::string, int> counts;
+  for (int sample = 0; sample < 300; ++sample) {
+    const std::string part = sample % 3 == 0 ? "data" : sample % 3 == 1 ? "hdf5" : "manifest";
+    const auto path = part == "manifest" ? manifest : data;
+    const auto whole = bytes_of(path);
+    size_t place = random() % whole.size();
+    if (part == "data") {
+      const auto& tensor = *reader.find("s/w");
+      place = tensor.offset + random() % tensor.bytes;
+    } else if (part == "hdf5") {
+      place = random() % 4096 + (sample % 2 == 0 ? 0 : 2048);  // where its structure begins
+    }
+    auto spoiled = whole;
+    spoiled[place] = static_cast<char>(spoiled[place] ^ (1 << random() % 8));
+    write_bytes(path, spoiled);
+    expect_fallback(part + " byte " + std::to_string(place));
+    write_bytes(path, whole);
+    ++counts[part];
+  }
+  EXPECT_TRUE(verifies());
+  for (const auto& [part, count] : counts) std::cout << part << ": " << count << " flips seen\n";
+}
+
+TEST_F(Damage, EveryTruncationIsSeen) {
+  std::mt19937_64 random(8);
+  for (const auto* name : {"/rank00000.h5", "/manifest.json"}) {
+    const auto path = paths_[1] + name;
+    const auto whole = bytes_of(path);
+    for (int sample = 0; sample < 20; ++sample) {
+      const size_t size = sample == 0   ? 0
+                          : sample == 1 ? whole.size() - 1
+                                        : random() % whole.size();
+      write_bytes(path, whole.substr(0, size));
+      expect_fallback(name + std::to_string(size));
+    }
+    write_bytes(path, whole + "x");
+    expect_fallback("longer");
+    fs::remove(path);
+    if (name == std::string("/rank00000.h5")) {
+      expect_fallback("missing");
+      fs::create_symlink(paths_[0] + name, path);
+      expect_fallback("a link to the other step's file");
+      fs::remove(path);
+    }
+    write_bytes(path, whole);
+  }
+}
+
+TEST_F(Damage, FilesOfAnotherStepAreRefused) {
+  const std::string name = "/rank00000.h5";
+  const auto own = bytes_of(paths_[1] + name);
+  write_bytes(paths_[1] + name, bytes_of(paths_[0] + name));
+  expect_fallback("data of step 1");
+  write_bytes(paths_[1] + name, own);
+  write_bytes(paths_[1] + "/manifest.json", bytes_of(paths_[0] + "/manifest.json"));
+  expect_fallback("manifest of step 1");
+}
+
+TEST_F(Damage, VerifyNamesTensorAndBytes) {
+  const auto path = paths_[1] + "/rank00000.h5";
+  const auto offset = StepReader(posix_file_system(), paths_[1]).find("s/w")->offset;
+  auto spoiled = bytes_of(path);
+  spoiled[offset + 5] ^= 1;
+  write_bytes(path, spoiled);
+  const auto problems = verify_step(posix_file_system(), paths_[1], false).problems;
+  ASSERT_EQ(problems.size(), 1u);
+  EXPECT_THAT(problems[0], HasSubstr("bytes " + std::to_string(offset) + " to " +
+                                     std::to_string(offset + 80000)));
+  EXPECT_THAT(problems[0], HasSubstr("in tensor 's/w'"));
+}
+
+TEST_F(Damage, ANewerFormatIsNotPassedOver) {
+  write_bytes(paths_[1] + "/manifest.json", manifest_with("[]", "2"));
+  auto loaded = small_state(9, 20000);
+  for (const auto& path : {folder_.path(), paths_[1]}) {
+    try {
+      load_checkpoint(path, std::nullopt, {{"s", &loaded}});
+      FAIL() << "expected an error";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.fault(), Fault::kNewerFormat);
+      EXPECT_THAT(error.what_without_backtrace(), HasSubstr("got format 2"));
+    }
+  }
+}
+
+TEST_F(Damage, ADamagedContainerDoesNotReachUsThroughLibhdf5) {
+  const auto path = paths_[1] + "/rank00000.h5";
+  const auto whole = bytes_of(path);
+  std::mt19937_64 random(9);
+  for (int sample = 0; sample < 20; ++sample) {
+    auto spoiled = whole;
+    for (int i = 0; i < 200; ++i) spoiled[random() % 8192] = static_cast<char>(random());
+    write_bytes(path, spoiled);
+    EXPECT_FALSE(verify_step(posix_file_system(), paths_[1], true).problems.empty());
+  }
+}
+
+}  // namespace
+}  // namespace ounce::ckpt
