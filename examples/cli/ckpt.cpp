@@ -265,7 +265,9 @@ int diff(const std::vector<std::string>& paths, bool as_json) {
       auto list = Json::array();
       for (const auto& item : found) {
         list.push_back(
-            {{"name", item.name}, {"what", item.what}, {"max_abs", number_json(item.largest)}});
+            {{"name", item.name},
+             {"what", item.what},
+             {"max_abs", std::isnan(item.largest) ? Json() : number_json(item.largest)}});
       }
       print({{"first", first}, {"second", second}, {"compared", values}, {"differences", list}});
       return found.empty() ? 0 : 1;

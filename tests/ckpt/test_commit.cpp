@@ -43,7 +43,7 @@ int64_t load_and_check(const std::string& root) {
 // fault was reached.
 bool save_with_fault(FaultyFileSystem& faults, int64_t second,
                      std::map<std::string, int>& outcomes) {
-  const TemporaryFolder folder;
+  const TemporaryFolder folder(/*in_memory=*/true);
   auto first = tiny_state(1), next = tiny_state(second);
   auto files = std::make_shared<FaultyFileSystem>();
   files->no_exchange = faults.no_exchange;
