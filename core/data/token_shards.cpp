@@ -105,7 +105,7 @@ uint64_t TokenShard::fingerprint() const {
   if (mapped_ <= kWhole) return hash64({data_, mapped_});
   std::string pieces(data_, kHeaderBytes);
   for (size_t i = 0; i < kPieces; ++i) {
-    pieces.append(data_ + (mapped_ - kPiece) / (kPieces - 1) * i, kPiece);
+    pieces.append(data_ + (mapped_ - kPiece) * i / (kPieces - 1), kPiece);
   }
   return hash64(pieces);
 }

@@ -5,6 +5,8 @@
 #include <ounce/core/data/token_shards.h>
 #include <torch/torch.h>
 
+#include <filesystem>
+#include <fstream>
 #include <numeric>
 
 #include "data/make_dataset.h"
@@ -157,6 +159,23 @@ TEST(Tokens, IdentityFollowsContentAndOptions) {
   EXPECT_EQ(identity({}), first);
   folder.write_file("b.bin", shard(count_up(0, 50)));
   EXPECT_NE(identity({}), first);
+}
+
+TEST(Tokens, LargeShardsAreToldApartByPieces) {
+  const TempDir folder;
+  const int32_t count = 40'000'000;  // 80 MB, a hole in the file system
+  const auto path = folder.write_file("a.bin", header(20240520, 1, count));
+  std::filesystem::resize_file(path, 1024 + int64_t{2} * count);
+  const auto first = TokenShard(path).fingerprint();
+  EXPECT_EQ(TokenShard(path).fingerprint(), first);
+  std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+  file.seekp(-1, std::ios::end);  // the last token
+  file.put('\1').flush();
+  const auto second = TokenShard(path).fingerprint();
+  EXPECT_NE(second, first);
+  file.seekp(1024);  // the first one
+  file.put('\1').flush();
+  EXPECT_NE(TokenShard(path).fingerprint(), second);
 }
 
 TEST(Tokens, WithoutAVocabularyTextIsIds) {

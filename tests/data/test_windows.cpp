@@ -125,8 +125,8 @@ std::shared_ptr<ByteSource> bytes(const std::string& text) {
 }
 
 TEST(Windows, PackedDocumentsEndAfterTheEndToken) {
-  //  rows of validation: "ab|cd" "ef||g" "h" (| = the end token)
-  const Windows windows("test", bytes("xxxxxxxxxxxx"), bytes("ab|cdef||gh"),
+  // Rows "ab|cd" and "ef||g", where | ends documents.
+  const Windows windows("test", bytes("xxxxxxxxxxxxxxxx"), bytes("ab|cdef||gh"),
                         {.sequence = 5, .batch = 2, .packed = true}, '|');
   const auto batch = windows.valid_batch(0);
   EXPECT_EQ(batch.cu_seqlens.scalar_type(), at::kInt);

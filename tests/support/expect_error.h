@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// What an error says and which fault it is, for EXPECT_EQ and EXPECT_THAT.
+// Errors are part of the interface: tests say which fault they are and what they name.
 #pragma once
 
 #include <gtest/gtest.h>
 #include <ounce/core/check.h>
 
+#include <initializer_list>
 #include <string>
 
 namespace ounce::test {
