@@ -141,12 +141,13 @@ void write_attribute(hid_t object, const std::string& name, hid_t type, const vo
   done(H5Awrite(attribute, type, value), "write the attribute '" + name + "'");
 }
 
+// Of variable length, which h5py reads as str. A NUL ends it here; the manifest keeps all of it.
 void write_text(hid_t object, const std::string& name, const std::string& text) {
   const Handle type(valid(H5Tcopy(H5T_C_S1), "make a type"), H5Tclose);
-  done(H5Tset_size(type, std::max<size_t>(text.size(), 1)), "size a text");
-  done(H5Tset_strpad(type, H5T_STR_NULLPAD), "pad a text");
+  done(H5Tset_size(type, H5T_VARIABLE), "size a text");
   done(H5Tset_cset(type, H5T_CSET_UTF8), "set an encoding");
-  write_attribute(object, name, type, text.c_str());
+  const char* value = text.c_str();
+  write_attribute(object, name, type, &value);
 }
 
 void write_integer(hid_t object, const std::string& name, int64_t value) {
@@ -154,11 +155,7 @@ void write_integer(hid_t object, const std::string& name, int64_t value) {
 }
 
 Handle make_group(hid_t parent, const char* name) {
-  const Handle properties(valid(H5Pcreate(H5P_GROUP_CREATE), "make properties"), H5Pclose);
-  // Attributes in a heap of their own: one may then be larger than 64 KiB, as a configuration can
-  // be.
-  done(H5Pset_attr_phase_change(properties, 0, 0), "set attribute storage");
-  return Handle(valid(H5Gcreate2(parent, name, H5P_DEFAULT, properties, H5P_DEFAULT),
+  return Handle(valid(H5Gcreate2(parent, name, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT),
                       std::string("make the group ") + name),
                 H5Gclose);
 }

@@ -3,6 +3,8 @@
 // description that loading trusts; FORMAT.md has the grammar. No Torch here.
 #pragma once
 
+#include <ounce/ckpt/names.h>
+
 #include <cstdint>
 #include <map>
 #include <string>
@@ -16,11 +18,9 @@ namespace ounce::ckpt {
 inline constexpr int64_t kFormat = 1;
 inline constexpr int64_t kBlockBytes = 4 << 20;  // of a tensor under one sum
 inline constexpr int64_t kPageBytes = 4096;      // alignment of every tensor in its file
-inline constexpr size_t kMostNameBytes = 1024;
-inline constexpr size_t kMostDimensions = 32;  // libhdf5's limit
+inline constexpr size_t kMostDimensions = 32;    // libhdf5's limit
 inline constexpr int64_t kMostManifestBytes = int64_t{256} << 20;
 inline constexpr const char* kManifestName = "manifest.json";
-inline constexpr const char* kReservedGroup = "_ckpt";
 
 struct TensorRecord {
   std::string name;
@@ -58,10 +58,6 @@ struct Manifest {
 // Bytes of one element; 0 for a dtype that this version does not know.
 int64_t dtype_bytes(std::string_view dtype);
 
-// "" or why a name cannot be stored: empty, too long, NUL, not UTF-8, an empty, "." or ".."
-// component, the reserved group.
-std::string name_problem(std::string_view name);
-
 // The text of manifest.json. Its first 46 bytes hold a sum of all of it.
 std::string manifest_text(const Manifest& manifest);
 
@@ -72,12 +68,5 @@ Manifest parse_manifest(std::string_view text);
 
 // Byte ranges [first, second) of a file that no tensor covers, in order.
 std::vector<std::pair<int64_t, int64_t>> rest_of_file(const Manifest& manifest, int64_t file);
-
-// How deep brackets nest in a JSON text; a parser follows any nesting, so this is asked before it.
-int nesting_of(std::string_view json);
-
-// "step_0000001000" and back; -1 for any other name.
-std::string step_name(int64_t step);
-int64_t parse_step_name(std::string_view name);
 
 }  // namespace ounce::ckpt

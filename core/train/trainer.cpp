@@ -109,6 +109,7 @@ struct Trainer::Impl {
   int64_t lap_start = 0;  // first step of the timing lap
   int64_t stop = 0;
   int64_t saved_step = -1;
+  int64_t valid_step = -1;  // step of the last evaluation
   double valid_loss = std::nan("");
 };
 
@@ -147,6 +148,8 @@ void Trainer::Impl::resume() {
   for (const auto& rejected : report.rejected) {
     out << "WARNING: passed over a damaged checkpoint: " << rejected << std::endl;
   }
+  // Saving the step that is there already would say nothing new.
+  if (folder && resume_from == folder->checkpoints(options.config)) saved_step = progress.step;
   say("resumed from " + report.info.path + " at step " + std::to_string(progress.step));
 }
 
@@ -204,6 +207,8 @@ void Trainer::Impl::take_step() {
   PendingStep next(progress.step, report);
   settle();
   pending.emplace(std::move(next));
+  // A CPU has finished it already.
+  if (session->device.is_cpu()) settle();
 }
 
 // Reads the numbers of the step that is still in flight.
@@ -260,6 +265,7 @@ void Trainer::Impl::evaluate(bool final) {
       options.config.integer(final ? "run.final_eval_batches" : "run.eval_batches");
   const auto begin = std::chrono::steady_clock::now();
   valid_loss = session->evaluate(batches);
+  valid_step = progress.step;
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   progress.best_valid_loss = std::fmin(progress.best_valid_loss, valid_loss);
   if (!std::isnan(valid_loss)) {
@@ -292,7 +298,7 @@ void Trainer::Impl::save() {
   if (saved_step == progress.step) return;
   clock.pause();
   std::map<std::string, double> metrics;
-  if (std::isfinite(valid_loss)) metrics["val_loss"] = valid_loss;
+  if (valid_step == progress.step && std::isfinite(valid_loss)) metrics["val_loss"] = valid_loss;
   const auto report = checkpointer->save(progress.step, objects(),
                                          {{"config", options.config.to_toml()},
                                           {"command", options.command},

@@ -174,7 +174,11 @@ int verify(const std::vector<std::string>& paths, bool containers, bool as_json)
       if (folders.empty() && problems.empty()) {
         fail(Fault::kNotFound, "[ckpt] no checkpoint in '", root, "'");
       }
-      for (const auto& problem : problems) report_on(root, {.problems = {problem}});
+      for (const auto& problem : problems) {
+        VerifyReport report;
+        report.problems = {problem};
+        report_on(root, report);
+      }
     }
     for (const auto& folder : folders) report_on(folder, verify_step(files, folder, containers));
   }

@@ -55,13 +55,15 @@ reference::Tokens tokens_of(const Inputs& in, const CceOptions& o) {
 }
 
 void check_targets(const Inputs& in, const CceOptions& o) {
-  const auto bad = in.target.lt(0)
-                       .logical_or_(in.target.ge(in.weight.size(0)))
-                       .logical_and_(in.target.ne(o.ignore_index()));
+  const auto target =
+      o.shift() == 0 ? in.target : in.target.narrow(-1, o.shift(), in.target.size(-1) - o.shift());
+  const auto bad = target.lt(0)
+                       .logical_or_(target.ge(in.weight.size(0)))
+                       .logical_and_(target.ne(o.ignore_index()));
   if (!bad.any().item<bool>()) return;
   fail(Fault::kUsage, "[linear_cross_entropy] expected targets in [0, ", in.weight.size(0),
        ") or ignore_index = ", o.ignore_index(), ", got ", bad.sum().item<int64_t>(),
-       " others, the first ", in.target.masked_select(bad).select(0, 0).item<int64_t>());
+       " others, the first ", target.masked_select(bad).select(0, 0).item<int64_t>());
 }
 
 Outputs forward_kernel(const Inputs& in, const CceOptions& o) {

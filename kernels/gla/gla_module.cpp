@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The mixer "gla".
 #include <ounce/core/check.h>
+#include <ounce/core/nn/construction.h>
 #include <ounce/core/registry.h>
 #include <ounce/kernels/gla/gla.h>
 #include <torch/torch.h>
@@ -45,8 +46,10 @@ ShortConvolution::ShortConvolution(int64_t channels, int64_t size, bool with_bia
   OUNCE_CHECK(channels > 0 && size > 0,
               "[ShortConvolution] expected positive sizes, got channels = ", channels,
               ", size = ", size);
-  weight = register_parameter("weight", torch::empty({channels, 1, size}));
-  if (with_bias) bias = register_parameter("bias", torch::zeros({channels}));
+  weight =
+      register_parameter("weight", torch::empty({channels, 1, size}, nn::construction_options()));
+  if (with_bias)
+    bias = register_parameter("bias", torch::zeros({channels}, nn::construction_options()));
   const torch::NoGradGuard no_grad;
   weight.normal_(0, 1 / std::sqrt(static_cast<double>(size)));
 }

@@ -55,7 +55,7 @@ template <class Op, class... Tensors>
 auto call(const GlaOptions& options, Tensors&&... tensors);
 template <class Op>
 class GlaFunction;
-template <class Op>
+template <class Options>
 class FirstDerivative;
 
 // Kernels, whose arguments are tensors and then the list of options.
@@ -123,8 +123,8 @@ struct Kernels<std::tuple<O...>> {
                                      const Tensor& g, const OptionalTensor& state,
                                      const OptionalTensor& cu, O... o) {
     const auto options = to_options({o...}, Backward::kName);
-    const auto d =
-        FirstDerivative<Backward>::apply(grad_o, grad_state, q, k, v, g, state, cu, options);
+    const auto d = FirstDerivative<std::tuple<O...>>::apply(grad_o, grad_state, q, k, v, g, state,
+                                                            cu, options);
     return {d[0], d[1], d[2], d[3], d[4]};
   }
 
@@ -284,15 +284,16 @@ class GlaFunction : public torch::autograd::Function<GlaFunction<Op>> {
 };
 
 // The backward operator, which has no derivative of its own.
-template <class Op>
-class FirstDerivative : public torch::autograd::Function<FirstDerivative<Op>> {
+template <class Options>
+class FirstDerivative : public torch::autograd::Function<FirstDerivative<Options>> {
  public:
   static variable_list forward(AutogradContext* /*ctx*/, const Tensor& grad_o,
                                const OptionalTensor& grad_state, const Tensor& q, const Tensor& k,
                                const Tensor& v, const Tensor& g, const OptionalTensor& state,
                                const OptionalTensor& cu, const GlaOptions& options) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [dq, dk, dv, dg, dstate] = call<Op>(options, grad_o, grad_state, q, k, v, g, state, cu);
+    auto [dq, dk, dv, dg, dstate] =
+        call<Backward>(options, grad_o, grad_state, q, k, v, g, state, cu);
     return {dq, dk, dv, dg, dstate};
   }
 

@@ -110,7 +110,7 @@ TEST(Commit, FailsAfterTwoFailedSyncs) {
   Checkpointer writer({.root = folder.path(), .file_system = files});
   files->only = "sync";
   files->persistent = true;
-  files->fail_at = 0;
+  files->fail_at = files->calls = 0;
   auto state = tiny_state(1);
   EXPECT_THROW(writer.save(1, {{"s", &state}}), Error);
   EXPECT_EQ(files->calls, 2) << "never a second sync of the same file";

@@ -86,7 +86,7 @@ int kill_in(int target, const std::string& root, Progress& progress, std::mt1993
     if (::waitpid(child, &status, WNOHANG) == child) return -1;
     ::usleep(20);
   }
-  ::usleep(random() % 500);
+  ::usleep(random() % (uint64_t{64} << random() % 8));  // up to 64 us, ..., up to 8 ms
   ::kill(child, SIGKILL);
   ::waitpid(child, &status, 0);
   return WIFSIGNALED(status) ? progress.phase.load() : -1;
