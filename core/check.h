@@ -42,7 +42,8 @@ template <class... Args>
 #define OUNCE_CHECK(condition, ...) OUNCE_CHECK_AS(::ounce::Fault::kUsage, condition, __VA_ARGS__)
 
 // The same with another fault.
-#define OUNCE_CHECK_AS(fault, condition, ...)                     \
-  do {                                                            \
-    if (!(condition)) [[unlikely]] ::ounce::fail(fault, __VA_ARGS__); \
+#define OUNCE_CHECK_AS(fault, condition, ...) \
+  do {                                        \
+    if (!(condition)) [[unlikely]]            \
+      ::ounce::fail(fault, __VA_ARGS__);      \
   } while (false)

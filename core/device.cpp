@@ -15,23 +15,24 @@ namespace ounce {
 namespace {
 
 // Wraps the allocator that was in place and counts the bytes that are alive. The size of a block is
-// remembered in the context that its deleter gets.
+// kept in front of it: ATen also allocates raw, where the context has to be the data itself.
 class CountingAllocator final : public at::Allocator {
  public:
-  explicit CountingAllocator(at::Allocator* inner) : inner_(inner) {}
+  explicit CountingAllocator(at::Allocator* inner) { inner_ = inner; }
 
   at::DataPtr allocate(size_t bytes) override {
-    auto block = inner_->allocate(bytes);
-    if (block.get() == nullptr) return block;
-    const auto alive = current_.fetch_add(static_cast<int64_t>(bytes)) + static_cast<int64_t>(bytes);
+    if (bytes == 0) return {nullptr, nullptr, &release, at::Device(at::kCPU)};
+    auto* block = static_cast<char*>(inner_->raw_allocate(bytes + kFront));
+    *reinterpret_cast<int64_t*>(block) = static_cast<int64_t>(bytes);
+    const auto alive =
+        current_.fetch_add(static_cast<int64_t>(bytes)) + static_cast<int64_t>(bytes);
     auto peak = peak_.load();
     while (alive > peak && !peak_.compare_exchange_weak(peak, alive)) {
     }
-    void* data = block.get();
-    auto* record = new Record{std::move(block), static_cast<int64_t>(bytes)};
-    return {data, record, &release, at::Device(at::kCPU)};
+    void* data = block + kFront;
+    return {data, data, &release, at::Device(at::kCPU)};
   }
-  at::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  at::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, std::size_t bytes) const override {
     default_copy_data(to, from, bytes);
   }
@@ -40,20 +41,20 @@ class CountingAllocator final : public at::Allocator {
   static void reset_peak() { peak_.store(current_.load()); }
 
  private:
-  struct Record {
-    at::DataPtr block;
-    int64_t bytes;
-  };
-  static void release(void* context) {
-    auto* record = static_cast<Record*>(context);
-    current_.fetch_sub(record->bytes);
-    delete record;
+  static constexpr size_t kFront = 64;  // ATen's alignment
+
+  static void release(void* data) {
+    if (data == nullptr) return;
+    auto* block = static_cast<char*>(data) - kFront;
+    current_.fetch_sub(*reinterpret_cast<int64_t*>(block));
+    inner_->raw_deallocate(block);
   }
 
-  at::Allocator* inner_;
+  static at::Allocator* inner_;
   static std::atomic<int64_t> current_, peak_;
 };
 
+at::Allocator* CountingAllocator::inner_ = nullptr;
 std::atomic<int64_t> CountingAllocator::current_{0};
 std::atomic<int64_t> CountingAllocator::peak_{0};
 
@@ -83,7 +84,9 @@ at::Device choose_device(const std::string& name) {
   } catch (const c10::Error&) {
     fail(Fault::kUsage, "[device] '", name, "' is not a device; use auto, cpu, cuda or cuda:N");
   }
-  return device.has_index() ? device : at::Device(at::kCUDA, 0);
+  if (!device.has_index()) device = at::Device(at::kCUDA, 0);
+  detail::cuda_facts(device);  // throws where there is no such GPU
+  return device;
 }
 
 DeviceFacts device_facts(at::Device device) {

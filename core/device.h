@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Facts about the device a run uses. The CUDA half is in device_cuda.cpp; a build without CUDA takes
-// device_none.cpp.
+// Facts about the device a run uses. The CUDA half is in device_cuda.cpp; a build without CUDA
+// takes device_none.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,20 +12,21 @@
 namespace ounce {
 
 struct DeviceFacts {
-  std::string name;             // "NVIDIA H100 80GB HBM3", or the CPU's model name
-  int64_t total_bytes = 0;      // memory of the GPU; of the machine for a CPU
-  int64_t free_bytes = 0;       // of it free now
-  double peak_bf16_flops = 0;   // dense bf16 matrix FLOP/s from a table of GPUs; 0 = not known
-  std::string driver;           // CUDA driver version, empty on a CPU
+  std::string name;            // "NVIDIA H100 80GB HBM3", or the CPU's model name
+  int64_t total_bytes = 0;     // memory of the GPU; of the machine for a CPU
+  int64_t free_bytes = 0;      // of it free now
+  double peak_bf16_flops = 0;  // dense bf16 matrix FLOP/s from a table of GPUs; 0 = not known
+  std::string driver;          // CUDA driver version, empty on a CPU
 };
 
-// "auto" (a GPU when there is one this build can use), "cpu", "cuda" or "cuda:N". CUDA asked for and
-// absent is Fault::kUsage, with the reason.
+// "auto" (a GPU when there is one this build can use), "cpu", "cuda" or "cuda:N". CUDA asked for
+// and absent is Fault::kUsage, with the reason.
 at::Device choose_device(const std::string& name);
 DeviceFacts device_facts(at::Device device);
 
-// Bytes of tensors alive now and at their peak since the last reset. On a CPU counted by an allocator
-// of ours that wraps ATen's: install with count_cpu_memory() before the first tensor, else 0.
+// Bytes of tensors alive now and at their peak since the last reset. On a CPU counted by an
+// allocator of ours that wraps ATen's: install with count_cpu_memory() before the first tensor,
+// else 0.
 struct MemoryUse {
   int64_t current = 0;
   int64_t peak = 0;

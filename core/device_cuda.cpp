@@ -21,10 +21,11 @@ struct Peak {
   double tflops;
 };
 constexpr Peak kPeaks[] = {
-    {"H100 PCIe", 756}, {"H100 NVL", 835},  {"H100", 989},     {"H200", 989},   {"GH200", 989},
-    {"H20", 148},       {"H800", 989},      {"B300", 2250},    {"B200", 2250},  {"GB200", 2500},
-    {"A100", 312},      {"A800", 312},      {"A30", 165},      {"A40", 149.7},  {"A10G", 70},
-    {"A10", 125},       {"L40S", 362},      {"L40", 181},      {"L4", 121},     {"RTX 6000 Ada", 364},
+    {"H100 PCIe", 756},  {"H100 NVL", 835},   {"H100", 989},      {"H200", 989},
+    {"GH200", 989},      {"H20", 148},        {"H800", 989},      {"B300", 2250},
+    {"B200", 2250},      {"GB200", 2500},     {"A100", 312},      {"A800", 312},
+    {"A30", 165},        {"A40", 149.7},      {"A10G", 70},       {"A10", 125},
+    {"L40S", 362},       {"L40", 181},        {"L4", 121},        {"RTX 6000 Ada", 364},
     {"RTX 5090", 209.5}, {"RTX 4090", 165.2}, {"RTX 4080", 97.5}, {"RTX 3090", 71},
 };
 
@@ -35,10 +36,11 @@ double peak_flops(const std::string& name) {
   return 0;
 }
 
-c10::CachingDeviceAllocator::DeviceStats stats(at::Device device) {
-  // The allocator refuses to speak before CUDA is initialised.
+// The device's index, the current one's without; the allocator refuses to speak before CUDA is
+// initialised.
+c10::DeviceIndex initialised(at::Device device) {
   at::globalContext().lazyInitDevice(at::kCUDA);
-  return c10::cuda::CUDACachingAllocator::getDeviceStats(device.index());
+  return device.has_index() ? device.index() : c10::cuda::current_device();
 }
 
 }  // namespace
@@ -54,8 +56,8 @@ std::string cuda_missing_reason() {
 
 DeviceFacts cuda_facts(at::Device device) {
   cudaDeviceProp properties{};
-  OUNCE_CHECK(cudaGetDeviceProperties(&properties, device.index()) == cudaSuccess,
-              "[device] ", device.str(), " is not a device here");
+  OUNCE_CHECK(cudaGetDeviceProperties(&properties, device.index()) == cudaSuccess, "[device] ",
+              device.str(), " is not a device here");
   DeviceFacts facts;
   facts.name = properties.name;
   const c10::DeviceGuard guard(device);
@@ -73,13 +75,13 @@ DeviceFacts cuda_facts(at::Device device) {
 }
 
 MemoryUse cuda_memory(at::Device device) {
-  const auto all = stats(device).allocated_bytes[0];
+  const auto all =
+      c10::cuda::CUDACachingAllocator::getDeviceStats(initialised(device)).allocated_bytes[0];
   return {all.current, all.peak};
 }
 
 void cuda_reset_peak(at::Device device) {
-  at::globalContext().lazyInitDevice(at::kCUDA);
-  c10::cuda::CUDACachingAllocator::resetPeakStats(device.index());
+  c10::cuda::CUDACachingAllocator::resetPeakStats(initialised(device));
 }
 
 void cuda_range_push(const char* name) { nvtxRangePushA(name); }

@@ -91,12 +91,12 @@ class Options {
   // Sets the value at a dotted path, making the tables on the way.
   void set(std::string_view path, Value value);
 
-  // These options laid over `defaults`: every key must exist there with the same type (a number takes
-  // an integer). `where` names the place in errors. A default that is an empty array or an empty
-  // table takes anything of that type, an empty array also a string, as an array of it. A default
-  // that is a part (a table with the key `name`) takes a name, a table with a name, or an array of
-  // those, and is left for the registry to resolve; a table without a name changes settings of the
-  // default part.
+  // These options laid over `defaults`: every key must exist there with the same type (a number
+  // takes an integer). `where` names the place in errors. A default that is an empty array or an
+  // empty table takes anything of that type, an empty array also a string, as an array of it. A
+  // default that is a part (a table with the key `name`) takes a name, a table with a name, or an
+  // array of those, and is left for the registry to resolve; a table without a name changes
+  // settings of the default part.
   Options over(const Options& defaults, std::string_view where) const;
 
   std::string to_toml() const;
@@ -108,7 +108,8 @@ class Options {
   std::vector<Item> items_;
 };
 
-// The known name nearest to `name` by edit distance, as "; did you mean 'x'?", else the whole list as
+// The known name nearest to `name` by edit distance, as "; did you mean 'x'?", else the whole list
+// as
 // "; known: a, b, c".
 std::string nearest_hint(std::string_view name, const std::vector<std::string>& known);
 

@@ -46,11 +46,12 @@ class RegistryStore {
   const std::string& kind() const { return kind_; }
   std::vector<std::string> names() const;
   bool contains(std::string_view name) const;
-  const EntryInfo& info(std::string_view name) const;  // unknown: Fault::kUsage with the nearest name
+  const EntryInfo& info(
+      std::string_view name) const;  // unknown: Fault::kUsage with the nearest name
 
-  // A part as written in a config (a name, or a table with `name`) as a complete table: `name` first,
-  // then every default, overridden by what was given; nested parts resolved too. An array resolves to
-  // an array. Idempotent. `where` names the place in errors.
+  // A part as written in a config (a name, or a table with `name`) as a complete table: `name`
+  // first, then every default, overridden by what was given; nested parts resolved too. An array
+  // resolves to an array. Idempotent. `where` names the place in errors.
   Value resolve(const Value& spec, std::string_view where) const;
 
   // Builds from a spec that resolve() has completed, or completes it first.
@@ -77,15 +78,14 @@ std::vector<RegistryStore*> registry_stores();
 template <class T>
 class Registry {
  public:
-  using Factory =
-      std::function<std::shared_ptr<T>(const Options&, const typename T::Context&)>;
+  using Factory = std::function<std::shared_ptr<T>(const Options&, const typename T::Context&)>;
 
   void add(EntryInfo info, Factory factory) {
-    store().add(std::move(info), [factory = std::move(factory)](const Options& options,
-                                                                const void* context) {
-      return std::static_pointer_cast<void>(
-          factory(options, *static_cast<const typename T::Context*>(context)));
-    });
+    store().add(std::move(info),
+                [factory = std::move(factory)](const Options& options, const void* context) {
+                  return std::static_pointer_cast<void>(
+                      factory(options, *static_cast<const typename T::Context*>(context)));
+                });
   }
   std::shared_ptr<T> make(const Value& spec, const typename T::Context& context) const {
     return std::static_pointer_cast<T>(store().make(spec, &context));

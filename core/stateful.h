@@ -26,14 +26,14 @@ enum class StateClass {
 };
 
 // Visits named values. A saving visitor reads them, a loading visitor overwrites them in place; the
-// code that presents the state is the same for both. Names are joined with '/' under the scopes that
-// are open; a name must be unique, not empty, and free of NUL and of ".." components.
+// code that presents the state is the same for both. Names are joined with '/' under the scopes
+// that are open; a name must be unique, not empty, and free of NUL and of ".." components.
 class StateVisitor {
  public:
   virtual ~StateVisitor() = default;
 
-  // The tensor must be defined and stay the same object: loading copies into it (shape and dtype must
-  // match). Lazily created state has to be created before it is presented.
+  // The tensor must be defined and stay the same object: loading copies into it (shape and dtype
+  // must match). Lazily created state has to be created before it is presented.
   virtual void tensor(std::string_view name, at::Tensor& value, StateClass cls) = 0;
   virtual void integer(std::string_view name, int64_t& value) = 0;
   virtual void number(std::string_view name, double& value) = 0;  // kept bit for bit

@@ -10,7 +10,7 @@ namespace ounce {
 struct StepControl {
   at::Tensor lr;          // fp32 scalar: the base learning rate of this step
   at::Tensor grad_scale;  // fp32 scalar, undefined = 1: gradients are multiplied by it
-  at::Tensor skip;        // fp32 scalar, undefined = 0: nonzero leaves parameters and state untouched
+  at::Tensor skip;  // fp32 scalar, undefined = 0: nonzero leaves parameters and state untouched
 };
 
 }  // namespace ounce

@@ -56,7 +56,8 @@ at::Tensor Attention::rotary_angles(const SequenceContext& context, int64_t firs
 at::Tensor Attention::rotate(const at::Tensor& x_bhtd, const at::Tensor& angles) const {
   const auto cos = at::cos(angles), sin = at::sin(angles);
   const auto halves = x_bhtd.chunk(2, -1);
-  const auto rotated = at::cat({halves[0] * cos - halves[1] * sin, halves[1] * cos + halves[0] * sin}, -1);
+  const auto rotated =
+      at::cat({halves[0] * cos - halves[1] * sin, halves[1] * cos + halves[0] * sin}, -1);
   return rotated.to(x_bhtd.scalar_type());
 }
 

@@ -8,8 +8,8 @@ namespace ounce {
 
 struct AttentionOptions {
   int64_t heads = 8;
-  int64_t kv_heads = 0;     // 0 = heads; fewer: grouped-query attention (Ainslie et al. 2023)
-  double rope_base = 10000; // rotary positions (Su et al. 2021, half-split form); 0 = none
+  int64_t kv_heads = 0;      // 0 = heads; fewer: grouped-query attention (Ainslie et al. 2023)
+  double rope_base = 10000;  // rotary positions (Su et al. 2021, half-split form); 0 = none
 };
 
 // Causal softmax attention on at::scaled_dot_product_attention. Parameters q_proj, k_proj, v_proj,

@@ -21,8 +21,9 @@ struct LanguageModelOptions {
   Value norm = "rms_norm";
   Value loss = "cce";
   bool tie_embeddings = true;
-  double dropout = 0;             // on the embedding and on every branch before it joins the stream
-  std::string recompute = "none"; // none | block: keep only block boundaries, recompute in backward
+  double dropout = 0;  // on the embedding and on every branch before it joins the stream
+  std::string recompute =
+      "none";  // none | block: keep only block boundaries, recompute in backward
 };
 
 // Causal language model: embed, `layers` blocks, norm, head. Parameters: embed.weight [v, d],

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// What the loop knows of a model: tokens to hidden states, hidden states to a loss, and the states of
-// its mixers for generation. The head is applied inside the loss or by sampling, never elsewhere.
+// What the loop knows of a model: tokens to hidden states, hidden states to a loss, and the states
+// of its mixers for generation. The head is applied inside the loss or by sampling, never
+// elsewhere.
 #pragma once
 
 #include <ounce/core/nn/parts.h>
@@ -19,8 +20,8 @@ class Model : public torch::nn::Module {
     int64_t max_length = 0;  // tokens of a training row
   };
 
-  // tokens [b, t] int64 -> hidden states [b, t, d] after the final norm. `states`, one a layer, makes
-  // it continue from them; null in training.
+  // tokens [b, t] int64 -> hidden states [b, t, d] after the final norm. `states`, one a layer,
+  // makes it continue from them; null in training.
   virtual at::Tensor hidden(const at::Tensor& tokens_bt, SequenceContext& context,
                             std::vector<MixerState>* states = nullptr) = 0;
   // Classifier weight [v, d]; the embedding's when tied.

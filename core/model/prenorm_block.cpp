@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <ATen/autocast_mode.h>
-#include <ounce/core/model/language_model.h>
 #include <ounce/core/model/attention.h>
+#include <ounce/core/model/language_model.h>
 #include <ounce/core/nn/linear.h>
 #include <ounce/core/registry.h>
 #include <torch/torch.h>
@@ -38,8 +38,9 @@ class PrenormBlock : public Block {
   // Under autocast every projection would cast its input again: do it once for all of them.
   static at::Tensor narrow(const at::Tensor& x) {
     const auto device = x.device().type();
-    return at::autocast::is_autocast_enabled(device) ? x.to(at::autocast::get_autocast_dtype(device))
-                                                     : x;
+    return at::autocast::is_autocast_enabled(device)
+               ? x.to(at::autocast::get_autocast_dtype(device))
+               : x;
   }
   at::Tensor drop(const at::Tensor& x) const { return at::dropout(x, dropout_, is_training()); }
 
@@ -78,12 +79,11 @@ int64_t swiglu_hidden(int64_t dim, int64_t multiple) {
 
 void register_models() {
   register_attention();
-  registry<Block>().add({.name = "prenorm",
-                         .doc = "norm before mixer and mlp, residual around each",
-                         .defaults = ""},
-                        [](const Options&, const Block::Context& context) {
-                          return std::make_shared<PrenormBlock>(context);
-                        });
+  registry<Block>().add(
+      {.name = "prenorm", .doc = "norm before mixer and mlp, residual around each", .defaults = ""},
+      [](const Options&, const Block::Context& context) {
+        return std::make_shared<PrenormBlock>(context);
+      });
   registry<Mlp>().add(
       {.name = "swiglu",
        .doc = "gated linear unit with SiLU",

@@ -5,8 +5,9 @@
 
 namespace ounce::nn {
 
-// Device and dtype that ounce::nn modules allocate their parameters with on this thread: fp32 on the
-// CPU unless a ConstructionGuard says otherwise. On the meta device nothing is allocated or drawn.
+// Device and dtype that ounce::nn modules allocate their parameters with on this thread: fp32 on
+// the CPU unless a ConstructionGuard says otherwise. On the meta device nothing is allocated or
+// drawn.
 at::TensorOptions construction_options();
 
 class ConstructionGuard {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// A thread-local hook under ounce::nn::{Linear, Embedding, RMSNorm}: what a weight does in a forward
-// pass can be replaced without the model knowing (evolution strategies perturb through it; the C++
-// frontend's modules are not virtual and have no hooks).
+// A thread-local hook under ounce::nn::{Linear, Embedding, RMSNorm}: what a weight does in a
+// forward pass can be replaced without the model knowing (evolution strategies perturb through it;
+// the C++ frontend's modules are not virtual and have no hooks).
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -33,7 +33,8 @@ ForwardContextGuard::ForwardContextGuard(ForwardContext* context) : previous_(cu
 ForwardContextGuard::~ForwardContextGuard() { current_context = previous_; }
 
 LinearImpl::LinearImpl(int64_t in, int64_t out, bool with_bias, double std) {
-  OUNCE_CHECK(in > 0 && out > 0, "[Linear] expected positive sizes, got in = ", in, ", out = ", out);
+  OUNCE_CHECK(in > 0 && out > 0, "[Linear] expected positive sizes, got in = ", in,
+              ", out = ", out);
   weight = register_parameter("weight", torch::empty({out, in}, construction_options()));
   bias = with_bias ? register_parameter("bias", torch::zeros({out}, construction_options()))
                    : register_parameter("bias", at::Tensor(), /*requires_grad=*/false);

@@ -31,8 +31,8 @@ class Mixer : public torch::nn::Module {
   static constexpr const char* kKind = "mixer";
   using Context = PartContext;
 
-  // x [b, t, d] -> [b, t, d]. With context.state it continues from that state and updates it: feeding
-  // a sequence in pieces equals feeding it whole.
+  // x [b, t, d] -> [b, t, d]. With context.state it continues from that state and updates it:
+  // feeding a sequence in pieces equals feeding it whole.
   virtual at::Tensor forward(const at::Tensor& x_btd, SequenceContext& context) = 0;
   // Fresh state for `batch` sequences of at most `max_length` tokens, on the parameters' device.
   virtual MixerState make_state(int64_t batch, int64_t max_length) const = 0;
@@ -89,8 +89,8 @@ class Loss : public torch::nn::Module {
   };
 
   // hidden [n, d], weight [v, d], targets [n] int64 with -100 for tokens that do not count.
-  // Returns the fp32 scalar sum over the counted tokens: the caller divides by their number over all
-  // micro-batches.
+  // Returns the fp32 scalar sum over the counted tokens: the caller divides by their number over
+  // all micro-batches.
   virtual at::Tensor forward(const at::Tensor& hidden_nd, const at::Tensor& weight_vd,
                              const at::Tensor& targets_n) = 0;
   virtual double flops(int64_t tokens) const = 0;

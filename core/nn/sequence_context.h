@@ -33,8 +33,8 @@ struct SequenceContext {
   // int64 [batch, length], undefined = 0 .. length - 1 (plus state->length). Positions restart at
   // document boundaries.
   at::Tensor positions;
-  // The state of the mixer being called, or null in training. A mixer reads it, appends the tokens it
-  // is given and advances `length`. Not combined with cu_seqlens.
+  // The state of the mixer being called, or null in training. A mixer reads it, appends the tokens
+  // it is given and advances `length`. Not combined with cu_seqlens.
   MixerState* state = nullptr;
 };
 

@@ -28,8 +28,8 @@ eval_every = 200
 
 namespace {
 
-// The loop's own sections and keys, with their defaults. What a section holds beyond them belongs to
-// the part that its `name` chooses.
+// The loop's own sections and keys, with their defaults. What a section holds beyond them belongs
+// to the part that its `name` chooses.
 constexpr const char* kLoopDefaults = R"(format = 1
 [model]
 name = "lm"
@@ -106,8 +106,9 @@ Options complete_section(const Section& section, const Options& given, const Opt
   Options result = registry_store(section.kind).resolve(part, section.name).table();
   const auto completed = loop.over(loop_defaults, section.name);
   for (const auto& [key, value] : completed.items()) {
-    result.set(key, key == "schedule" ? registry_store("schedule").resolve(value, "optimizer.schedule")
-                                      : value);
+    result.set(key, key == "schedule"
+                        ? registry_store("schedule").resolve(value, "optimizer.schedule")
+                        : value);
   }
   return result;
 }
@@ -133,8 +134,8 @@ void collect_changes(const Options& a, const Options& b, const std::string& pref
 // Changes that leave the run's numbers alone.
 bool may_change(const std::string& change) {
   static const std::vector<std::string> prefixes = {
-      "checkpoint.",     "run.eval_",   "run.final_eval_batches", "run.log_every",
-      "run.sample_",     "run.plan",    "model.recompute"};
+      "checkpoint.", "run.eval_", "run.final_eval_batches", "run.log_every",
+      "run.sample_", "run.plan",  "model.recompute"};
   return std::any_of(prefixes.begin(), prefixes.end(),
                      [&](const std::string& prefix) { return change.starts_with(prefix); });
 }
@@ -185,7 +186,8 @@ Options complete_config(const Options& given, const std::string& source) {
 }
 
 Options read_config(const std::string& path, const std::vector<std::string>& overrides) {
-  auto given = path.empty() ? Options::parse(kDefaultConfig, "default config") : Options::read_file(path);
+  auto given =
+      path.empty() ? Options::parse(kDefaultConfig, "default config") : Options::read_file(path);
   for (const auto& entry : overrides) {
     const auto equals = entry.find('=');
     OUNCE_CHECK(equals != std::string::npos && equals > 0, "[config] --set ", entry,

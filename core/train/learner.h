@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// A learner turns batches into better parameters. The trainer knows nothing of gradients: it asks for
-// a step and gets device tensors back.
+// A learner turns batches into better parameters. The trainer knows nothing of gradients: it asks
+// for a step and gets device tensors back.
 #pragma once
 
 #include <ounce/core/data/dataset.h>
@@ -34,9 +34,9 @@ class Learner : public Stateful {
   static constexpr const char* kKind = "learner";
   struct Context {
     std::shared_ptr<Model> model;
-    Value optimizer;                     // spec of the optimizer to build
+    Value optimizer;  // spec of the optimizer to build
     at::Device device = at::kCPU;
-    at::ScalarType compute = at::kFloat; // kFloat, or kBFloat16 under autocast
+    at::ScalarType compute = at::kFloat;  // kFloat, or kBFloat16 under autocast
   };
 
   // One optimizer step on the micro-batches (CPU tensors; moved here). The loss is divided by the

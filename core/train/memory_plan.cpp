@@ -31,8 +31,8 @@ int64_t extrapolate(int64_t a, int64_t b, const Probe& first, const Probe& secon
 }  // namespace
 
 int64_t MemoryPlan::loss_and_workspace() const {
-  return std::max<int64_t>(
-      0, peak - state.weights - state.gradients - state.optimizer - activations);
+  return std::max<int64_t>(0,
+                           peak - state.weights - state.gradients - state.optimizer - activations);
 }
 
 std::vector<std::string> MemoryPlan::table() const {
@@ -42,10 +42,13 @@ std::vector<std::string> MemoryPlan::table() const {
     const auto amount = format_bytes(bytes);
     return "  " + text + std::string(amount.size() < 10 ? 10 - amount.size() : 0, ' ') + amount;
   };
-  return {line("weights", state.weights),       line("gradients", state.gradients),
-          line("optimizer", state.optimizer),   line("activations", activations),
+  return {line("weights", state.weights),
+          line("gradients", state.gradients),
+          line("optimizer", state.optimizer),
+          line("activations", activations),
           line("loss, workspace", loss_and_workspace()),
-          line("peak (predicted)", peak),       line("free beyond it", free)};
+          line("peak (predicted)", peak),
+          line("free beyond it", free)};
 }
 
 std::vector<std::string> MemoryPlan::remedies(int64_t accumulate) const {
@@ -67,8 +70,7 @@ MemoryPlan measure_memory_plan(Learner& learner, const data::Batch& batch, at::D
       probe(learner, batch, rows < 4 ? rows : std::max<int64_t>(1, rows / 2), device);
   MemoryPlan plan;
   plan.state = learner.state_bytes();
-  plan.activations =
-      extrapolate(first.activations, second.activations, first, second, rows);
+  plan.activations = extrapolate(first.activations, second.activations, first, second, rows);
   plan.peak = base + std::max(extrapolate(first.extra, second.extra, first, second, rows),
                               plan.state.gradients);
   const auto facts = device_facts(device);

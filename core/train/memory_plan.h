@@ -9,8 +9,9 @@
 
 namespace ounce {
 
-// Bytes a step needs, by purpose. Weights, gradients and optimizer state are counted; activations and
-// the peak are measured on smaller micro-batches and extrapolated, since both grow linearly in rows.
+// Bytes a step needs, by purpose. Weights, gradients and optimizer state are counted; activations
+// and the peak are measured on smaller micro-batches and extrapolated, since both grow linearly in
+// rows.
 struct MemoryPlan {
   StateBytes state;
   int64_t activations = 0;  // alive between the forward pass and the loss

@@ -54,11 +54,12 @@ std::vector<std::string> start_block(const Session& session, const std::optional
     for (const auto& [name, loss] : counts) line += " " + name + " " + format_fixed(loss, 3);
     lines.push_back(line);
   }
-  lines.push_back("run      steps " + std::to_string(step) + " to " + std::to_string(stop) + " of " +
-                  std::to_string(config.integer("run.steps")) + ", " + std::to_string(batch) + " x " +
-                  std::to_string(length) + " = " + format_count(batch * length) +
-                  " tokens a step in " + std::to_string(config.integer("data.accumulate")) +
-                  " part(s), optimizer " + config.text("optimizer.name"));
+  lines.push_back("run      steps " + std::to_string(step) + " to " + std::to_string(stop) +
+                  " of " + std::to_string(config.integer("run.steps")) + ", " +
+                  std::to_string(batch) + " x " + std::to_string(length) + " = " +
+                  format_count(batch * length) + " tokens a step in " +
+                  std::to_string(config.integer("data.accumulate")) + " part(s), optimizer " +
+                  config.text("optimizer.name"));
   if (plan) {
     lines.push_back("memory");
     for (const auto& line : plan->table()) lines.push_back(line);
@@ -87,17 +88,17 @@ std::vector<std::string> end_block(const Session& session, const std::optional<M
 std::vector<Record::Field> config_record(const Session& session,
                                          const std::optional<MemoryPlan>& plan) {
   const auto facts = device_facts(session.device);
-  std::vector<Record::Field> fields = {
-      {"config", session.config.to_toml()},
-      {"device", facts.name},
-      {"driver", facts.driver},
-      {"torch", std::string(TORCH_VERSION)},
-      {"parameters", parameter_count(*session.model)},
-      {"peak_flops", facts.peak_bf16_flops},
-      {"train_tokens", session.dataset->train_tokens()},
-      {"valid_tokens", session.dataset->valid_tokens()},
-      {"data", session.dataset->identity()}};
-  for (const auto& [name, loss] : session.dataset->count_model_losses()) fields.emplace_back(name, loss);
+  std::vector<Record::Field> fields = {{"config", session.config.to_toml()},
+                                       {"device", facts.name},
+                                       {"driver", facts.driver},
+                                       {"torch", std::string(TORCH_VERSION)},
+                                       {"parameters", parameter_count(*session.model)},
+                                       {"peak_flops", facts.peak_bf16_flops},
+                                       {"train_tokens", session.dataset->train_tokens()},
+                                       {"valid_tokens", session.dataset->valid_tokens()},
+                                       {"data", session.dataset->identity()}};
+  for (const auto& [name, loss] : session.dataset->count_model_losses())
+    fields.emplace_back(name, loss);
   if (plan) {
     fields.emplace_back("plan_weights", plan->state.weights);
     fields.emplace_back("plan_gradients", plan->state.gradients);

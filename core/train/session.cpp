@@ -12,7 +12,8 @@
 
 namespace ounce {
 
-std::shared_ptr<Model> build_model(const Options& config, int64_t vocab, at::TensorOptions options) {
+std::shared_ptr<Model> build_model(const Options& config, int64_t vocab,
+                                   at::TensorOptions options) {
   const nn::ConstructionGuard guard(options);
   return registry<Model>().make(part_spec(config, "model"),
                                 {.vocab = vocab, .max_length = config.positive("data.sequence")});
@@ -24,14 +25,15 @@ Session::Session(const Options& config_, at::Device device_)
       compute(config_.text("precision.compute") == "bf16" ? at::kBFloat16 : at::kFloat) {
   use_deterministic_algorithms(config.flag("run.deterministic"));
   const auto seed = static_cast<uint64_t>(config.integer("run.seed"));
-  dataset = registry<data::Dataset>().make(
-      part_spec(config, "data"), {.sequence = config.positive("data.sequence"),
-                                  .batch = config.positive("data.batch"),
-                                  .seed = seed,
-                                  .packed = config.text("data.documents") == "packed"});
+  dataset = registry<data::Dataset>().make(part_spec(config, "data"),
+                                           {.sequence = config.positive("data.sequence"),
+                                            .batch = config.positive("data.batch"),
+                                            .seed = seed,
+                                            .packed = config.text("data.documents") == "packed"});
   seed_everything(seed);
   const auto params = config.text("precision.params") == "bf16" ? at::kBFloat16 : at::kFloat;
-  model = build_model(config, dataset->vocab_size(), at::TensorOptions(at::kFloat).device(at::kCPU));
+  model =
+      build_model(config, dataset->vocab_size(), at::TensorOptions(at::kFloat).device(at::kCPU));
   model->to(device, params);
   learner = registry<Learner>().make(part_spec(config, "learner"),
                                      {.model = model,

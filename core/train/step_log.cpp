@@ -11,8 +11,8 @@ struct PendingStep::Event {
 };
 
 PendingStep::PendingStep(int64_t step, const StepReport& report) : step_(step) {
-  const auto packed = at::stack({report.loss.to(at::kFloat), report.norm.to(at::kFloat),
-                                 report.skipped.to(at::kFloat)});
+  const auto packed = at::stack(
+      {report.loss.to(at::kFloat), report.norm.to(at::kFloat), report.skipped.to(at::kFloat)});
   if (!packed.is_cuda()) {
     numbers_ = packed;
     return;
@@ -20,7 +20,8 @@ PendingStep::PendingStep(int64_t step, const StepReport& report) : step_(step) {
   numbers_ = at::empty({3}, at::TensorOptions(at::kFloat).pinned_memory(true));
   numbers_.copy_(packed, /*non_blocking=*/true);
   event_ = std::make_unique<Event>(Event{c10::Event(c10::DeviceType::CUDA)});
-  event_->event.record(c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getStream(packed.device()));
+  event_->event.record(
+      c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getStream(packed.device()));
 }
 
 PendingStep::~PendingStep() = default;

@@ -42,7 +42,10 @@ class StepClock {
   void pause();
   // Seconds since the last call, without the pauses.
   double lap();
-  void drop() { seconds_ = 0; start(); }
+  void drop() {
+    seconds_ = 0;
+    start();
+  }
 
  private:
   using Clock = std::chrono::steady_clock;

@@ -31,11 +31,12 @@ constexpr int kMostSkippedInARow = 10;
 void refuse_many_ranks() {
   const char* world = std::getenv("WORLD_SIZE");
   OUNCE_CHECK(world == nullptr || std::string(world) == "1" || std::string(world).empty(),
-              "[train] WORLD_SIZE=", world, ": this version trains in one process; unset WORLD_SIZE");
+              "[train] WORLD_SIZE=", world,
+              ": this version trains in one process; unset WORLD_SIZE");
 }
 
-// One generator seed for each (run, step): the randomness of a step depends on nothing before it, so
-// evaluation, samples and resuming cannot change it (splitmix64, Steele et al. 2014).
+// One generator seed for each (run, step): the randomness of a step depends on nothing before it,
+// so evaluation, samples and resuming cannot change it (splitmix64, Steele et al. 2014).
 uint64_t step_seed(uint64_t seed, int64_t step) {
   uint64_t x = seed * 0x9e3779b97f4a7c15ULL + static_cast<uint64_t>(step) + 1;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
@@ -159,7 +160,8 @@ void Trainer::Impl::start() {
   open_run();
   session = std::make_unique<Session>(options.config, device);
   const auto horizon = options.config.positive("run.steps");
-  schedule = registry<Schedule>().make(*options.config.find("optimizer.schedule"), {.steps = horizon});
+  schedule =
+      registry<Schedule>().make(*options.config.find("optimizer.schedule"), {.steps = horizon});
   progress.seed = options.config.integer("run.seed");
   if (!options.init_from.empty()) {
     const auto report = ckpt::load_weights(options.init_from, *session->model, options.init_map);
@@ -168,7 +170,8 @@ void Trainer::Impl::start() {
   if (!resume_from.empty()) resume();
   stop = options.stop_after.value_or(horizon);
   if (options.config.flag("run.plan") || options.dry_run) {
-    const auto rows = options.config.positive("data.batch") / options.config.positive("data.accumulate");
+    const auto rows =
+        options.config.positive("data.batch") / options.config.positive("data.accumulate");
     plan = measure_memory_plan(*session->learner,
                                slice_rows(session->dataset->train_batch(0), 0, rows), device);
   }
@@ -235,7 +238,8 @@ void Trainer::Impl::report_step(const StepNumbers& numbers) {
     clock.drop();
     lap_start = numbers.step;
   }
-  if (numbers.step % options.config.integer("run.log_every") != 0 && numbers.step != stop && !first) {
+  if (numbers.step % options.config.integer("run.log_every") != 0 && numbers.step != stop &&
+      !first) {
     return;
   }
   const auto& config = options.config;
@@ -248,7 +252,8 @@ void Trainer::Impl::report_step(const StepNumbers& numbers) {
     fields.emplace_back("ms", seconds * 1e3);
     fields.emplace_back("tok_s", static_cast<double>(batch * length) / seconds);
     const auto peak = device_facts(session->device).peak_bf16_flops;
-    if (peak > 0) fields.emplace_back("mfu", session->learner->flops(batch, length) / seconds / peak);
+    if (peak > 0)
+      fields.emplace_back("mfu", session->learner->flops(batch, length) / seconds / peak);
     fields.emplace_back("eta_s", seconds * static_cast<double>(stop - numbers.step));
     lap_start = numbers.step;
   }
@@ -349,7 +354,8 @@ TrainResult Trainer::Impl::run() {
   result.valid_loss = valid_loss;
   result.best_valid_loss = progress.best_valid_loss;
   result.folder = folder->path();
-  if (result.interrupted) out << SignalGuard::received() << ": saved step " << progress.step << std::endl;
+  if (result.interrupted)
+    out << SignalGuard::received() << ": saved step " << progress.step << std::endl;
   out << "resume: ./ounce train --resume auto --out " << folder->path() << " --steps "
       << (result.interrupted ? stop : 2 * stop) << std::endl;
   return result;

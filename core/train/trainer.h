@@ -27,11 +27,11 @@ struct TrainerOptions {
 };
 
 struct TrainResult {
-  int64_t step = 0;             // steps done, over all sittings
-  double valid_loss = 0;        // of the last evaluation; NaN without a validation split
+  int64_t step = 0;       // steps done, over all sittings
+  double valid_loss = 0;  // of the last evaluation; NaN without a validation split
   double best_valid_loss = 0;
-  std::string folder;           // empty after a dry run
-  bool interrupted = false;     // SIGINT or SIGTERM: saved, can be resumed
+  std::string folder;        // empty after a dry run
+  bool interrupted = false;  // SIGINT or SIGTERM: saved, can be resumed
 };
 
 // Throws ounce::Error; whatever was committed before stays. `out` gets the human-readable report.

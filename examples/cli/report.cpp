@@ -100,7 +100,8 @@ std::string page(const std::string& title, const std::vector<Json>& rows) {
       "</title><style>body{font:14px system-ui,sans-serif;max-width:760px;margin:2em auto;"
       "padding:0 1em}svg{width:100%;background:#f7f7f7}polyline{fill:none;stroke:#1769aa;"
       "stroke-width:1.5}text{font-size:11px;fill:#555}pre{background:#f7f7f7;padding:1em;"
-      "overflow:auto}</style><h1>" + escaped(title) + "</h1>\n";
+      "overflow:auto}</style><h1>" +
+      escaped(title) + "</h1>\n";
   for (const auto& curve : kCurves) {
     const auto points = points_of(rows, curve);
     if (points.empty()) continue;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
-// What eval and sample share: a run's config, built, with the weights of its newest good checkpoint.
+// What eval and sample share: a run's config, built, with the weights of its newest good
+// checkpoint.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <ounce/core/train/session.h>
+#include <CLI/CLI.hpp>
 
 #include <memory>
 #include <string>

@@ -27,7 +27,8 @@ std::string config_path(const TrainFlags& flags) {
   if (!folder.empty() && std::filesystem::exists(folder + "/config.toml")) {
     return folder + "/config.toml";
   }
-  if (flags.resume == "auto" && flags.out.empty()) return RunFolder::newest("default").file("config.toml");
+  if (flags.resume == "auto" && flags.out.empty())
+    return RunFolder::newest("default").file("config.toml");
   return "";
 }
 
@@ -57,15 +58,16 @@ void train(const CLI::App& app, TrainFlags flags, const std::string& command, in
 void add_train(CLI::App& app, int& exit_code, const std::string& command_line) {
   auto* command = app.add_subcommand("train", "train a model");
   auto flags = std::make_shared<TrainFlags>();
-  command->add_option("--config", flags->config, "TOML file; default: a small GLA model on C++ headers");
-  command->add_option("--set", flags->sets, "change one setting, a.b=c; repeatable")
-      ->take_all();
+  command->add_option("--config", flags->config,
+                      "TOML file; default: a small GLA model on C++ headers");
+  command->add_option("--set", flags->sets, "change one setting, a.b=c; repeatable")->take_all();
   command->add_option("--out", flags->out, "run folder; default runs/<config>-<n>");
   command->add_option("--steps", flags->steps, "stop after step N; default run.steps")
       ->check(CLI::NonNegativeNumber);
   command->add_option("--device", flags->device, "auto, cpu, cuda or cuda:N");
   command->add_option("--seed", flags->seed, "run.seed");
-  command->add_option("--resume", flags->resume, "none, auto (of --out, or the newest run), or a path");
+  command->add_option("--resume", flags->resume,
+                      "none, auto (of --out, or the newest run), or a path");
   command->add_option("--init-from", flags->init_from,
                       "start from the weights of a checkpoint or a .safetensors file");
   command->add_option("--init-map", flags->init_map, "rename on the way, from=to; repeatable");

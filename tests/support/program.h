@@ -25,7 +25,8 @@ inline std::string read_text(const std::string& path) {
 // `folder` takes the captured streams; `arguments` go through the shell.
 inline ProgramResult run_program(const std::string& folder, const std::string& arguments) {
   const auto out = folder + "/stdout.txt", err = folder + "/stderr.txt";
-  const auto line = "cd '" + folder + "' && '" OUNCE_PROGRAM "' " + arguments + " >'" + out + "' 2>'" + err + "'";
+  const auto line =
+      "cd '" + folder + "' && '" OUNCE_PROGRAM "' " + arguments + " >'" + out + "' 2>'" + err + "'";
   const int status = std::system(line.c_str());
   ProgramResult result;
   result.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
