@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Writes the tables of the READMEs from tests/bench/results/*.jsonl.
+"""Writes the tables and the output shown in the READMEs from the files in tests/bench/results.
 
     python3 tests/bench/tables.py [--check] [FILE...]      default: every tracked *.md
 
-A table stands between two lines, and what is between them is replaced:
+What stands between two such lines is replaced: a table between
 
     <!-- bench:NAME key=value ... -->
     <!-- /bench -->
 
-NAME is the file results/NAME.jsonl. Keys choose its rows: family=cce device=H100 (a part of the value is
+or a program's output, whole or its first and last lines, between
+
+    <!-- output:NAME head=N tail=M -->
+    <!-- /output -->
+
+NAME is the file results/NAME.jsonl or results/NAME.txt. Keys choose its rows: family=cce device=H100 (a part of the value is
 enough); the newest row of each case is shown. columns=a,b,... chooses columns. --check changes nothing and
-fails where a table is not what the files say.
+fails where one is not what the files say.
 """
 import argparse
 import json
@@ -22,6 +27,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.abspath(os.path.join(HERE, "..", ".."))
 BLOCK = re.compile(r"(<!-- bench:(\S+)((?: [^ ]+)*?) -->\n)(.*?)(<!-- /bench -->)", re.S)
+OUTPUT = re.compile(r"(<!-- output:(\S+)((?: [^ ]+)*?) -->\n)(.*?)(<!-- /output -->)", re.S)
 
 # How a column is headed and written.
 COLUMNS = {
@@ -89,6 +95,16 @@ def table(name, settings):
     return text + ".\n"
 
 
+def output(name, settings):
+    wanted = dict(item.split("=", 1) for item in settings.split())
+    with open(os.path.join(HERE, "results", name + ".txt")) as file:
+        lines = file.read().splitlines()
+    head, tail = int(wanted.get("head", len(lines))), int(wanted.get("tail", 0))
+    if head + tail < len(lines):
+        lines[head : len(lines) - tail] = ["..."]
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -105,6 +121,7 @@ def main():
         with open(path) as file:
             old = file.read()
         new = BLOCK.sub(lambda m: m[1] + table(m[2], m[3]) + m[5], old)
+        new = OUTPUT.sub(lambda m: m[1] + output(m[2], m[3]) + m[5], new)
         if new == old:
             continue
         stale.append(path)

@@ -4,11 +4,13 @@
 ctest sets OUNCE_OPS_LIB. Exits with 77, which ctest reports as skipped, where torch cannot be imported
 (the light set of wheels has LibTorch only: ./ounce test installs the rest).
 """
+import faulthandler
 import os
 import runpy
 import sys
 
 if __name__ == "__main__":
+    faulthandler.enable()
     try:
         import torch
     except Exception as error:
