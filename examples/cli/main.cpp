@@ -4,6 +4,7 @@
 #include <ounce/core/device.h>
 #include <ounce/core/registry.h>
 #include <ounce/core/version.h>
+#include <malloc.h>
 #include <ounce/ounce.h>
 
 #include <iostream>
@@ -55,6 +56,10 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   try {
+    // A step frees what the next one needs again: pages that go back to the kernel in between cost a
+    // CPU a good part of its time.
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 1 << 30);
     // Before the first tensor, so that memory is counted from the start.
     ounce::count_cpu_memory();
     ounce::register_builtins();

@@ -72,8 +72,7 @@ TEST(Golden, IsReadBitForBit) {
   }
   const char* other = std::getenv("OUNCE_WRITE_GOLDEN");
   const auto root =
-      other ? std::string(other)
-            : (std::filesystem::path(__FILE__).parent_path() / "golden" / "format1").string();
+      other ? std::string(other) : std::string(OUNCE_SOURCE "/tests/ckpt/golden/format1");
   auto loaded = golden_state();
   for (auto& tensor : loaded.tensors) tensor.value = at::empty_like(tensor.value).zero_();
   for (auto& [name, value] : loaded.integers) value = 0;

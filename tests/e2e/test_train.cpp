@@ -294,7 +294,7 @@ TEST_F(Train, SurvivesKillNine) {
 TEST(Configs, TinyOnesTrainThreeSteps) {
   TempDir dir;
   int count = 0;
-  for (const auto& entry : fs::directory_iterator(OUNCE_CONFIGS)) {
+  for (const auto& entry : fs::directory_iterator(OUNCE_SOURCE "/examples/configs")) {
     const auto name = entry.path().stem().string();
     if (!name.ends_with("_tiny")) continue;
     const auto result =

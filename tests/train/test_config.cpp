@@ -80,7 +80,7 @@ TEST(Config, OnlyHarmlessChangesMayBeResumed) {
 TEST(Config, EveryExampleParsesAndBuildsOnMeta) {
   register_builtins();
   int count = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(OUNCE_CONFIGS)) {
+  for (const auto& entry : std::filesystem::directory_iterator(OUNCE_SOURCE "/examples/configs")) {
     if (entry.path().extension() != ".toml") continue;
     const auto config = read_config(entry.path().string(), {});
     const auto model = build_model(config, 50257, at::TensorOptions(at::kFloat).device(at::kMeta));
