@@ -14,9 +14,9 @@ namespace ounce {
 struct DeviceFacts {
   std::string name;            // "NVIDIA H100 80GB HBM3", or the CPU's model name
   int64_t total_bytes = 0;     // memory of the GPU; of the machine for a CPU
-  int64_t free_bytes = 0;      // of it free now
+  int64_t free_bytes = 0;      // of it free for tensors now
   double peak_bf16_flops = 0;  // dense bf16 matrix FLOP/s from a table of GPUs; 0 = not known
-  std::string driver;          // CUDA driver version, empty on a CPU
+  std::string driver;          // the GPU driver's version, empty on a CPU
 };
 
 // "auto" (a GPU when there is one this build can use), "cpu", "cuda" or "cuda:N". CUDA asked for

@@ -3,19 +3,20 @@
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <nvtx3/nvToolsExt.h>
 #include <ounce/core/check.h>
 #include <ounce/core/device.h>
 #include <torch/torch.h>
 
-#include <algorithm>
+#include <cctype>
 
 namespace ounce::detail {
 
 namespace {
 
-// Dense bf16 matrix rates without sparsity, TFLOP/s, from the vendor's data sheets. The first name
-// that the device's name contains wins.
+// Dense bf16 matrix rates without sparsity, TFLOP/s, from the vendor's data sheets. The first one
+// whose words the device's name has wins.
 struct Peak {
   const char* name;
   double tflops;
@@ -30,10 +31,28 @@ constexpr Peak kPeaks[] = {
 };
 
 double peak_flops(const std::string& name) {
+  // Whole words ("A100-SXM4-80GB" is an A100, "RTX A4000" no A40).
+  const auto in_word = [&](size_t i) { return i < name.size() && std::isalnum(name[i]) != 0; };
   for (const auto& peak : kPeaks) {
-    if (name.find(peak.name) != std::string::npos) return peak.tflops * 1e12;
+    const auto at = name.find(peak.name);
+    if (at == std::string::npos || (at > 0 && in_word(at - 1))) continue;
+    if (!in_word(at + std::string_view(peak.name).size())) return peak.tflops * 1e12;
   }
   return 0;
+}
+
+// "580.95.05" from NVML, which comes with the driver; empty where it cannot say.
+std::string driver_version() {
+  char version[96] = "";
+  void* nvml = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (nvml == nullptr) return version;
+  const auto init = reinterpret_cast<int (*)()>(dlsym(nvml, "nvmlInit_v2"));
+  const auto ask =
+      reinterpret_cast<int (*)(char*, unsigned)>(dlsym(nvml, "nvmlSystemGetDriverVersion"));
+  if (init == nullptr || ask == nullptr || init() != 0 || ask(version, sizeof version) != 0) {
+    version[0] = 0;
+  }
+  return version;
 }
 
 // The device's index, the current one's without; the allocator refuses to speak before CUDA is
@@ -63,14 +82,15 @@ DeviceFacts cuda_facts(at::Device device) {
   const c10::DeviceGuard guard(device);
   size_t free = 0, total = 0;
   if (cudaMemGetInfo(&free, &total) == cudaSuccess) {
-    facts.free_bytes = static_cast<int64_t>(free);
+    // What the caching allocator holds unused is free to tensors as well.
+    const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(initialised(device));
+    facts.free_bytes = static_cast<int64_t>(free) + stats.reserved_bytes[0].current -
+                       stats.allocated_bytes[0].current;
     facts.total_bytes = static_cast<int64_t>(total);
   }
   facts.peak_bf16_flops = peak_flops(facts.name);
-  int driver = 0;
-  if (cudaDriverGetVersion(&driver) == cudaSuccess) {
-    facts.driver = std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10);
-  }
+  static const auto driver = driver_version();
+  facts.driver = driver;
   return facts;
 }
 

@@ -40,8 +40,16 @@ endif()
 set(OUNCE_WITH_CUDA FALSE)
 if(OUNCE_CUDA AND LibTorch_HAS_CUDA)
   set(_roots ${CUDAToolkit_ROOT} ${_wheels}/cu13 $ENV{CUDA_HOME} /usr/local/cuda)
-  # cuda_runtime.h needs crt/, which the runtime wheel lacks.
-  find_path(OUNCE_CUDA_INCLUDE_DIR NAMES crt/host_config.h HINTS ${_roots}
+  # cuda_runtime.h needs crt/, which the runtime wheel lacks; a toolkit of another CUDA is passed over.
+  function(_is_cuda_13 result path)
+    if(EXISTS ${path}/cuda_runtime_api.h)
+      file(STRINGS ${path}/cuda_runtime_api.h _line REGEX "#define CUDART_VERSION +13")
+    endif()
+    if(NOT _line)
+      set(${result} FALSE PARENT_SCOPE)
+    endif()
+  endfunction()
+  find_path(OUNCE_CUDA_INCLUDE_DIR NAMES crt/host_config.h HINTS ${_roots} VALIDATOR _is_cuda_13
             PATH_SUFFIXES include targets/x86_64-linux/include NO_DEFAULT_PATH)
   find_file(OUNCE_CUDA_RUNTIME NAMES libcudart.so.13 HINTS ${_roots}
             PATH_SUFFIXES lib lib64 targets/x86_64-linux/lib NO_DEFAULT_PATH)

@@ -131,8 +131,12 @@ std::shared_ptr<Dataset> make_embedded(const Options& options, const Dataset::Co
     ++files;
     valid_files += validates;
   }
+  // Named from here where that is shorter to read.
+  std::error_code ignored;
+  const auto place = fs::proximate(include, ignored);
   auto description = "embedded: " + std::to_string(files) + " C++ headers of LibTorch in " +
-                     include.string() + ", " + std::to_string(valid_files) + " for validation";
+                     (ignored || place.native().starts_with("..") ? include : place).string() +
+                     ", " + std::to_string(valid_files) + " for validation";
   return ByteDataset::make("embedded", std::move(train), std::move(valid), context,
                            {std::move(description)});
 }

@@ -37,7 +37,8 @@ class Descriptor {
   int fd_;
 };
 
-// Bytes of the well-formed character at `text[at]`, or 0.
+}  // namespace
+
 size_t utf8_length(std::string_view text, size_t at) {
   const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[at + i]); };
   const unsigned lead = byte(0);
@@ -55,8 +56,6 @@ size_t utf8_length(std::string_view text, size_t at) {
   }
   return length;
 }
-
-}  // namespace
 
 std::vector<std::string> expand_globs(const std::vector<std::string>& patterns,
                                       std::string_view key) {

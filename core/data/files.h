@@ -24,7 +24,10 @@ void check_disjoint(const std::vector<std::string>& files,
 // The whole file. Missing, unreadable or empty is Fault::kData.
 std::string read_file(const std::string& path);
 
-// The offset of the first byte that is not part of well-formed UTF-8 (Unicode 15, table 3-7).
+// Bytes of the well-formed character (Unicode 15, table 3-7) at `text[at]`, or 0.
+size_t utf8_length(std::string_view text, size_t at);
+
+// The offset of the first byte that is not part of well-formed UTF-8.
 std::optional<size_t> find_invalid_utf8(std::string_view text);
 
 // 64-bit XXH3.

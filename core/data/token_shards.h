@@ -23,7 +23,6 @@ class TokenShard {
   TokenShard(const TokenShard&) = delete;
   TokenShard& operator=(const TokenShard&) = delete;
 
-  const std::string& path() const { return path_; }
   int64_t size() const { return tokens_; }
   // Tokens [begin, begin + count) of this shard; an id >= vocab_size is Fault::kData.
   void read(int64_t begin, int64_t count, int64_t vocab_size, int64_t* out) const;

@@ -26,8 +26,6 @@ class WindowedDataset : public Dataset {
     return lines;
   }
 
-  const Windows& windows() const { return windows_; }
-
  protected:
   WindowedDataset(Windows windows, std::string identity, std::vector<std::string> description)
       : windows_(std::move(windows)),

@@ -36,7 +36,6 @@ class Windows {
 
   int64_t train_tokens() const { return train_->size(); }
   int64_t valid_tokens() const { return valid_rows_ > 0 ? valid_->size() : 0; }
-  int64_t windows_per_epoch() const { return windows_; }
   int64_t batches_per_epoch() const { return windows_ / context_.batch; }
   int64_t valid_batches() const;
 

@@ -12,7 +12,7 @@ namespace ounce {
 AppendFile::AppendFile(const std::string& path, int flags)
     : path_(path),
       descriptor_(open(path.c_str(), flags | O_APPEND | O_CREAT | O_WRONLY | O_CLOEXEC, 0644)) {
-  OUNCE_CHECK_AS(Fault::kData, descriptor_ >= 0, "[metrics] cannot open '", path,
+  OUNCE_CHECK_AS(Fault::kData, descriptor_ >= 0, "[run] cannot open '", path,
                  "' for writing: ", std::strerror(errno));
 }
 
@@ -22,15 +22,22 @@ void AppendFile::append(std::string_view piece) {
   while (!piece.empty()) {
     const auto written = write(descriptor_, piece.data(), piece.size());
     if (written < 0 && errno == EINTR) continue;
-    OUNCE_CHECK_AS(Fault::kData, written > 0, "[metrics] cannot write to '", path_,
+    OUNCE_CHECK_AS(Fault::kData, written > 0, "[run] cannot write to '", path_,
                    "': ", std::strerror(errno));
     piece.remove_prefix(static_cast<size_t>(written));
   }
 }
 
 void AppendFile::flush_to_disk() {
-  OUNCE_CHECK_AS(Fault::kData, fsync(descriptor_) == 0, "[metrics] cannot flush '", path_,
+  OUNCE_CHECK_AS(Fault::kData, fsync(descriptor_) == 0, "[run] cannot flush '", path_,
                  "': ", std::strerror(errno));
+}
+
+void sync_folder(const std::string& path) {
+  const int descriptor = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (descriptor < 0) return;
+  fsync(descriptor);
+  close(descriptor);
 }
 
 }  // namespace ounce

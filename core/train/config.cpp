@@ -22,8 +22,8 @@ name = "adamw"
 lr = 3e-3
 schedule = { name = "cosine", warmup = 50 }
 [run]
-steps = 600
-eval_every = 200
+steps = 1500
+eval_every = 500
 )";
 
 namespace {
@@ -103,6 +103,17 @@ Options complete_section(const Section& section, const Options& given, const Opt
     if (is_loop_key(section, key)) loop_defaults.set(key, value);
   }
   if (!part.contains("name")) part.set("name", *defaults.find("name"));
+  // Both halves are known here alone: each would take the other's misspelt keys for its own.
+  if (part.find("name")->is_text()) {
+    auto known = section.loop_keys;
+    const auto schema = registry_store(section.kind).resolve(*part.find("name"), section.name);
+    for (const auto& item : schema.table().items()) known.push_back(item.first);
+    for (const auto& item : part.items()) {
+      OUNCE_CHECK(std::find(known.begin(), known.end(), item.first) != known.end(),
+                  "[config] unknown key '", item.first, "' in ", section.name,
+                  nearest_hint(item.first, known));
+    }
+  }
   Options result = registry_store(section.kind).resolve(part, section.name).table();
   const auto completed = loop.over(loop_defaults, section.name);
   for (const auto& [key, value] : completed.items()) {
@@ -182,6 +193,8 @@ Options complete_config(const Options& given, const std::string& source) {
   }
   result.positive("run.steps");
   result.positive("run.log_every");
+  result.number_in("run.sample_temperature", 0, 1e6);
+  result.choice("checkpoint.keep_best", {"", "val_loss"});
   return result;
 }
 

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: MIT
 #include <ounce/core/train/format.h>
 
+#include <algorithm>
 #include <array>
+#include <cctype>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 
 namespace ounce {
 
@@ -17,6 +20,17 @@ std::string print(const char* format, Args... args) {
 }
 
 }  // namespace
+
+std::string shell_quoted(const std::string& word) {
+  const auto plain = [](char c) {
+    return std::isalnum(static_cast<unsigned char>(c)) != 0 ||
+           std::strchr("_-./:=,+@%", c) != nullptr;
+  };
+  if (!word.empty() && std::all_of(word.begin(), word.end(), plain)) return word;
+  std::string quoted = "'";
+  for (const char c : word) quoted += c == '\'' ? "'\\''" : std::string(1, c);
+  return quoted + "'";
+}
 
 std::string format_bytes(int64_t bytes) {
   static constexpr std::array units = {"KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};

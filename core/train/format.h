@@ -18,4 +18,7 @@ std::string format_scientific(double value);
 // "3.412"; "nan" and "inf" as they are.
 std::string format_fixed(double value, int digits);
 
+// As one word of a shell's command line.
+std::string shell_quoted(const std::string& word);
+
 }  // namespace ounce

@@ -57,7 +57,7 @@ class GradientLearner : public Learner {
     return loss;
   }
 
-  int64_t probe(const data::Batch& micro_batch) override {
+  int64_t probe(const data::Batch& micro_batch, bool keep_gradients) override {
     model_->train();
     const auto batch = to_device(micro_batch, device_);
     const auto before = memory_use(device_).current;
@@ -74,7 +74,7 @@ class GradientLearner : public Learner {
       loss.backward();
     }
     synchronize(device_);
-    optimizer_->zero_grad();
+    if (!keep_gradients) optimizer_->zero_grad();
     return activations;
   }
 

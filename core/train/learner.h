@@ -45,9 +45,10 @@ class Learner : public Stateful {
                           const StepControl& control) = 0;
   // Loss summed over the counted targets, no gradients, eval mode: fp32 device scalar.
   virtual at::Tensor evaluate(const data::Batch& batch) = 0;
-  // The forward and backward pass of a step without its update, for the memory plan. Leaves no
-  // gradients behind. Returns the bytes alive after the hidden states, beyond those before.
-  virtual int64_t probe(const data::Batch& micro_batch) = 0;
+  // The forward and backward pass of a step without its update, for the memory plan. Leaves
+  // gradients behind on request. Returns the bytes alive after the hidden states, beyond those
+  // before.
+  virtual int64_t probe(const data::Batch& micro_batch, bool keep_gradients) = 0;
 
   virtual StateBytes state_bytes() const = 0;
   // Floating-point operations of one step over `batch` rows of `length` tokens.

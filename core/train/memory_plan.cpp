@@ -14,11 +14,12 @@ struct Probe {
   int64_t rows, activations, extra;
 };
 
-Probe probe(Learner& learner, const data::Batch& batch, int64_t rows, at::Device device) {
+Probe probe(Learner& learner, const data::Batch& batch, int64_t rows, bool keep_gradients,
+            at::Device device) {
   synchronize(device);
   reset_peak_memory(device);
   const auto before = memory_use(device).current;
-  const auto activations = learner.probe(slice_rows(batch, 0, rows));
+  const auto activations = learner.probe(slice_rows(batch, 0, rows), keep_gradients);
   return {rows, activations, memory_use(device).peak - before};
 }
 
@@ -42,13 +43,15 @@ std::vector<std::string> MemoryPlan::table() const {
     const auto amount = format_bytes(bytes);
     return "  " + text + std::string(amount.size() < 10 ? 10 - amount.size() : 0, ' ') + amount;
   };
-  return {line("weights", state.weights),
-          line("gradients", state.gradients),
-          line("optimizer", state.optimizer),
-          line("activations", activations),
-          line("loss, workspace", loss_and_workspace()),
-          line("peak (predicted)", peak),
-          line("free beyond it", free)};
+  std::vector<std::string> lines = {line("weights", state.weights),
+                                    line("gradients", state.gradients),
+                                    line("optimizer", state.optimizer)};
+  if (peak == 0) return lines;
+  lines.push_back(line("activations", activations));
+  lines.push_back(line("loss, workspace", loss_and_workspace()));
+  lines.push_back(line("peak (predicted)", peak));
+  lines.push_back(free >= 0 ? line("free beyond it", free) : line("MORE THAN FREE BY", -free));
+  return lines;
 }
 
 std::vector<std::string> MemoryPlan::remedies(int64_t accumulate) const {
@@ -60,24 +63,35 @@ std::vector<std::string> MemoryPlan::remedies(int64_t accumulate) const {
           "--set data.batch=... or data.sequence=... : activations shrink in proportion"};
 }
 
-MemoryPlan measure_memory_plan(Learner& learner, const data::Batch& batch, at::Device device) {
+MemoryPlan measure_memory_plan(Learner& learner, const data::Batch& batch, bool accumulates,
+                               at::Device device) {
   const auto rows = batch.tokens.size(0);
   // The first pass allocates what stays (library workspaces); it is not a measurement.
-  probe(learner, batch, 1, device);
+  probe(learner, batch, 1, accumulates, device);
   const auto base = memory_use(device).current;
-  const auto first = probe(learner, batch, std::max<int64_t>(1, rows / 4), device);
-  const auto second =
-      probe(learner, batch, rows < 4 ? rows : std::max<int64_t>(1, rows / 2), device);
+  const auto first = probe(learner, batch, std::max<int64_t>(1, rows / 4), accumulates, device);
+  auto second = first;
+  try {
+    second = probe(learner, batch, rows < 4 ? rows : rows / 2, false, device);
+  } catch (const c10::Error& error) {
+    // Too much already: one point and the origin say about how much.
+    if (!is_out_of_memory(error)) throw;
+    second = {first.rows * 2, first.activations * 2, first.extra * 2};
+  }
   MemoryPlan plan;
   plan.state = learner.state_bytes();
   plan.activations = extrapolate(first.activations, second.activations, first, second, rows);
   plan.peak = base + std::max(extrapolate(first.extra, second.extra, first, second, rows),
-                              plan.state.gradients);
-  const auto facts = device_facts(device);
-  plan.total = facts.total_bytes;
-  plan.free = facts.free_bytes + base - plan.peak;
+                              accumulates ? 0 : plan.state.gradients);
+  plan.free = device_facts(device).free_bytes + memory_use(device).current - plan.peak;
   reset_peak_memory(device);
   return plan;
+}
+
+bool is_out_of_memory(const c10::Error& error) {
+  if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) return true;
+  return std::string(error.what_without_backtrace()).find("can't allocate memory") !=
+         std::string::npos;
 }
 
 }  // namespace ounce

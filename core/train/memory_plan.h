@@ -15,9 +15,8 @@ namespace ounce {
 struct MemoryPlan {
   StateBytes state;
   int64_t activations = 0;  // alive between the forward pass and the loss
-  int64_t peak = 0;         // predicted peak of a whole step, everything included
-  int64_t free = 0;         // of the device, beyond the peak
-  int64_t total = 0;        // of the device
+  int64_t peak = 0;         // predicted peak of a whole step, everything included; 0 = not measured
+  int64_t free = 0;         // of the device, beyond the peak; negative where it does not fit
 
   // What the loss and temporaries add at the peak. Gradients grow while activations are freed, so
   // this can be 0.
@@ -28,8 +27,12 @@ struct MemoryPlan {
   std::vector<std::string> remedies(int64_t accumulate) const;
 };
 
-// Runs up to three forward and backward passes on a part of `batch` (the rows of one micro-batch).
-// Parameters and state stay as they are; the generators move.
-MemoryPlan measure_memory_plan(Learner& learner, const data::Batch& batch, at::Device device);
+// Runs up to three forward and backward passes on a part of `batch` (the rows of one micro-batch);
+// with `accumulates` gradients are alive meanwhile, as in all but the first of several. Parameters
+// and state stay as they are; the generators move.
+MemoryPlan measure_memory_plan(Learner& learner, const data::Batch& batch, bool accumulates,
+                               at::Device device);
+
+bool is_out_of_memory(const c10::Error& error);
 
 }  // namespace ounce

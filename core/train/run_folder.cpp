@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
+#include <fcntl.h>
 #include <ounce/core/check.h>
+#include <ounce/core/train/append_file.h>
+#include <ounce/core/train/config.h>
 #include <ounce/core/train/run_folder.h>
 
 #include <charconv>
-#include <cstring>
 #include <filesystem>
-#include <fstream>
 
 namespace ounce {
 
@@ -42,6 +43,15 @@ void make_folder(const fs::path& path) {
 
 }  // namespace
 
+void RunFolder::check_free(const std::string& path) {
+  if (path.empty() || !fs::exists(path)) return;
+  OUNCE_CHECK(fs::is_directory(path), "[run] --out '", path, "' is a file");
+  OUNCE_CHECK(!fs::exists(fs::path(path) / "config.toml"), "[run] '", path,
+              "' holds another run; add --resume auto to go on with it, or choose another --out");
+  OUNCE_CHECK(fs::is_empty(path), "[run] '", path,
+              "' is not empty and not a run; choose another --out");
+}
+
 RunFolder RunFolder::create(const std::string& path, const std::string& name,
                             const Options& config) {
   auto chosen = path;
@@ -53,13 +63,8 @@ RunFolder RunFolder::create(const std::string& path, const std::string& name,
       chosen = std::string(kRuns) + "/" + name + "-" + std::to_string(++number);
     } while (!fs::create_directory(chosen, error) && !error);
     OUNCE_CHECK_AS(Fault::kData, !error, "[run] cannot make '", chosen, "': ", error.message());
-  } else if (fs::exists(chosen)) {
-    OUNCE_CHECK(fs::is_directory(chosen), "[run] --out '", chosen, "' is a file");
-    OUNCE_CHECK(!fs::exists(fs::path(chosen) / "config.toml"), "[run] '", chosen,
-                "' holds another run; add --resume auto to go on with it, or choose another --out");
-    OUNCE_CHECK(fs::is_empty(chosen), "[run] '", chosen,
-                "' is not empty and not a run; choose another --out");
   } else {
+    check_free(chosen);
     make_folder(chosen);
   }
   RunFolder folder(chosen);
@@ -80,21 +85,25 @@ RunFolder RunFolder::newest(const std::string& name) {
   return open(std::string(kRuns) + "/" + name + "-" + std::to_string(number));
 }
 
-Options RunFolder::config() const { return Options::read_file(file("config.toml")); }
+Options RunFolder::config() const { return read_config(file("config.toml"), {}); }
 
 void RunFolder::write_config(const Options& config) const {
   const auto temporary = file("config.toml.tmp");
   {
-    std::ofstream out(temporary, std::ios::binary | std::ios::trunc);
-    out << config.to_toml();
-    out.flush();
-    OUNCE_CHECK_AS(Fault::kData, out.good(), "[run] cannot write '", temporary,
-                   "': ", std::strerror(errno));
+    AppendFile out(temporary, O_TRUNC);
+    out.append(config.to_toml());
+    out.flush_to_disk();
   }
   std::error_code error;
   fs::rename(temporary, file("config.toml"), error);
   OUNCE_CHECK_AS(Fault::kData, !error, "[run] cannot write '", file("config.toml"),
                  "': ", error.message());
+  // The entries of the file, of the run and of the folder of runs.
+  const auto absolute = fs::absolute(path_);
+  for (const auto& folder :
+       {absolute, absolute.parent_path(), absolute.parent_path().parent_path()}) {
+    sync_folder(folder.string());
+  }
 }
 
 std::string RunFolder::checkpoints(const Options& config) const {

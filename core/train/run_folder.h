@@ -10,8 +10,9 @@ namespace ounce {
 
 class RunFolder {
  public:
-  // A new folder: `path`, or the first free runs/<name>-<n> when it is empty. A folder that holds
-  // anything is Fault::kUsage: nothing is overwritten. Writes config.toml.
+  // Fault::kUsage where a folder of a new run holds something already: nothing is overwritten.
+  static void check_free(const std::string& path);
+  // A new folder: `path`, or the first free runs/<name>-<n> when it is empty. Writes config.toml.
   static RunFolder create(const std::string& path, const std::string& name, const Options& config);
   // An existing run. Without config.toml: Fault::kNotFound.
   static RunFolder open(const std::string& path);
@@ -20,8 +21,9 @@ class RunFolder {
 
   const std::string& path() const { return path_; }
   std::string file(const std::string& name) const { return path_ + "/" + name; }
+  // Complete, as read_config makes it.
   Options config() const;
-  // Replaces config.toml in one step (a resumed run may change intervals).
+  // Replaces config.toml durably in one step (a resumed run may change intervals).
   void write_config(const Options& config) const;
   // The folder of the checkpoints: the first level's path, below the run unless absolute.
   std::string checkpoints(const Options& config) const;

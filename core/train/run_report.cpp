@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <ounce/core/data/files.h>
 #include <ounce/core/device.h>
 #include <ounce/core/train/format.h>
 #include <ounce/core/train/run_report.h>
@@ -16,21 +17,9 @@ int64_t parameter_count(const Model& model) {
   return count;
 }
 
-// Length of the valid UTF-8 sequence at `i`, or 0.
-size_t utf8_length(const std::string& s, size_t i) {
-  const auto byte = static_cast<unsigned char>(s[i]);
-  const size_t length = byte < 0x80 ? 1 : byte >= 0xf0 && byte < 0xf5 ? 4 : byte >= 0xe0 ? 3 : 2;
-  if (byte >= 0x80 && (byte < 0xc2 || byte > 0xf4)) return 0;
-  if (i + length > s.size()) return 0;
-  for (size_t k = 1; k < length; ++k) {
-    if ((static_cast<unsigned char>(s[i + k]) & 0xc0) != 0x80) return 0;
-  }
-  return length;
-}
-
 }  // namespace
 
-std::vector<std::string> start_block(const Session& session, const std::optional<MemoryPlan>& plan,
+std::vector<std::string> start_block(Session& session, const std::optional<MemoryPlan>& plan,
                                      int64_t step, int64_t stop) {
   const auto& config = session.config;
   const auto facts = device_facts(session.device);
@@ -48,7 +37,7 @@ std::vector<std::string> start_block(const Session& session, const std::optional
                   std::to_string(session.dataset->vocab_size()) + ", compute " +
                   config.text("precision.compute"));
   for (const auto& line : session.dataset->describe()) lines.push_back("data     " + line);
-  const auto counts = session.dataset->count_model_losses();
+  const auto& counts = session.count_models();
   if (!counts.empty()) {
     std::string line = "data     count models, validation nats a token:";
     for (const auto& [name, loss] : counts) line += " " + name + " " + format_fixed(loss, 3);
@@ -67,12 +56,12 @@ std::vector<std::string> start_block(const Session& session, const std::optional
   return lines;
 }
 
-std::vector<std::string> end_block(const Session& session, const std::optional<MemoryPlan>& plan,
+std::vector<std::string> end_block(Session& session, const std::optional<MemoryPlan>& plan,
                                    double valid_loss) {
   std::vector<std::string> lines;
   if (!std::isnan(valid_loss)) {
     std::string line = "validation loss " + format_fixed(valid_loss, 4) + " nats a token";
-    for (const auto& [name, loss] : session.dataset->count_model_losses()) {
+    for (const auto& [name, loss] : session.count_models()) {
       line += " | " + name + " " + format_fixed(loss, 3);
     }
     lines.push_back(line);
@@ -85,8 +74,7 @@ std::vector<std::string> end_block(const Session& session, const std::optional<M
   return lines;
 }
 
-std::vector<Record::Field> config_record(const Session& session,
-                                         const std::optional<MemoryPlan>& plan) {
+std::vector<Record::Field> config_record(Session& session, const std::optional<MemoryPlan>& plan) {
   const auto facts = device_facts(session.device);
   std::vector<Record::Field> fields = {{"config", session.config.to_toml()},
                                        {"device", facts.name},
@@ -97,8 +85,7 @@ std::vector<Record::Field> config_record(const Session& session,
                                        {"train_tokens", session.dataset->train_tokens()},
                                        {"valid_tokens", session.dataset->valid_tokens()},
                                        {"data", session.dataset->identity()}};
-  for (const auto& [name, loss] : session.dataset->count_model_losses())
-    fields.emplace_back(name, loss);
+  for (const auto& [name, loss] : session.count_models()) fields.emplace_back(name, loss);
   if (plan) {
     fields.emplace_back("plan_weights", plan->state.weights);
     fields.emplace_back("plan_gradients", plan->state.gradients);
@@ -109,18 +96,12 @@ std::vector<Record::Field> config_record(const Session& session,
   return fields;
 }
 
-bool is_out_of_memory(const c10::Error& error) {
-  if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) return true;
-  return std::string(error.what_without_backtrace()).find("can't allocate memory") !=
-         std::string::npos;
-}
-
 std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
 
 std::string printable(const std::string& bytes) {
   std::string result;
   for (size_t i = 0; i < bytes.size();) {
-    const auto length = utf8_length(bytes, i);
+    const auto length = data::utf8_length(bytes, i);
     const auto byte = static_cast<unsigned char>(bytes[i]);
     if (length == 0 || (byte < 0x20 && byte != '\n' && byte != '\t') || byte == 0x7f) {
       // A cut or broken character shows as the replacement character, once a byte.

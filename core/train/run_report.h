@@ -2,7 +2,6 @@
 // What a run says of itself before its first step and after its last.
 #pragma once
 
-#include <c10/util/Exception.h>
 #include <ounce/core/train/memory_plan.h>
 #include <ounce/core/train/session.h>
 #include <ounce/core/train/sinks.h>
@@ -14,16 +13,14 @@
 namespace ounce {
 
 // Device, model, data, the count models' losses and the memory plan, a line each.
-std::vector<std::string> start_block(const Session& session, const std::optional<MemoryPlan>& plan,
+std::vector<std::string> start_block(Session& session, const std::optional<MemoryPlan>& plan,
                                      int64_t step, int64_t stop);
 // Validation loss beside the count models', predicted and measured memory.
-std::vector<std::string> end_block(const Session& session, const std::optional<MemoryPlan>& plan,
+std::vector<std::string> end_block(Session& session, const std::optional<MemoryPlan>& plan,
                                    double valid_loss);
 // The fields of the `config` record.
-std::vector<Record::Field> config_record(const Session& session,
-                                         const std::optional<MemoryPlan>& plan);
+std::vector<Record::Field> config_record(Session& session, const std::optional<MemoryPlan>& plan);
 
-bool is_out_of_memory(const c10::Error& error);
 std::string first_line(const std::string& text);
 // Control bytes and broken UTF-8 replaced, for a terminal and for JSON.
 std::string printable(const std::string& bytes);

@@ -8,7 +8,7 @@
 #include <ounce/core/train/session.h>
 #include <torch/torch.h>
 
-#include <cmath>
+#include <algorithm>
 
 namespace ounce {
 
@@ -42,29 +42,49 @@ Session::Session(const Options& config_, at::Device device_)
                                       .compute = compute});
 }
 
-double Session::evaluate(int64_t batches) {
+std::optional<double> Session::evaluate(int64_t batches, const std::function<bool()>& stop) {
   const auto available = dataset->valid_batches();
-  if (available == 0) return std::nan("");
+  if (available == 0) return std::nullopt;
   const auto count = batches == 0 ? available : std::min(batches, available);
+  // No more rows at a time than a step of training holds.
+  const auto rows = config.positive("data.batch") / config.positive("data.accumulate");
   at::Tensor total;
   int64_t counted = 0;
   for (int64_t i = 0; i < count; ++i) {
+    if (stop && stop()) return std::nullopt;
     const auto batch = dataset->valid_batch(i * available / count);
-    const auto loss = learner->evaluate(batch).to(at::kDouble);
-    total = total.defined() ? total + loss : loss;
+    const auto all = batch.tokens.size(0);
+    for (int64_t row = 0; row < all; row += rows) {
+      const auto loss = learner->evaluate(slice_rows(batch, row, std::min(row + rows, all)));
+      total = total.defined() ? total + loss.to(at::kDouble) : loss.to(at::kDouble);
+    }
     counted += batch.counted;
   }
   return total.item<double>() / static_cast<double>(std::max<int64_t>(counted, 1));
 }
 
-std::string Session::sample(const std::string& prompt, const GenerateOptions& options) {
-  const AutocastGuard autocast(device.type(), compute);
-  const auto tokens = dataset->encode(prompt.empty() ? "\n" : prompt);
+std::vector<int64_t> Session::prompt_tokens(const std::string& prompt) const {
+  auto tokens = dataset->encode(prompt.empty() ? "\n" : prompt);
+  if (tokens.empty()) tokens.push_back(std::max<int64_t>(dataset->document_end(), 0));
   for (const auto token : tokens) {
     OUNCE_CHECK(token >= 0 && token < dataset->vocab_size(), "[sample] token ", token,
                 " of the prompt is outside the vocabulary of ", dataset->vocab_size());
   }
-  return prompt + dataset->decode(generate(*model, tokens, options));
+  return tokens;
+}
+
+std::string Session::sample(const std::string& prompt, const GenerateOptions& options) {
+  const AutocastGuard autocast(device.type(), compute);
+  auto tokens = prompt_tokens(prompt);
+  const auto produced = generate(*model, tokens, options);
+  if (prompt.empty()) tokens.clear();
+  tokens.insert(tokens.end(), produced.begin(), produced.end());
+  return dataset->decode(tokens);
+}
+
+const std::vector<std::pair<std::string, double>>& Session::count_models() {
+  if (!count_models_) count_models_ = dataset->count_model_losses();
+  return *count_models_;
 }
 
 }  // namespace ounce

@@ -2,8 +2,10 @@
 #include <ounce/ckpt/checkpointer.h>
 #include <ounce/ckpt/init_from.h>
 #include <ounce/core/check.h>
+#include <ounce/core/data/permutation.h>
 #include <ounce/core/device.h>
 #include <ounce/core/registry.h>
+#include <ounce/core/train/append_file.h>
 #include <ounce/core/train/config.h>
 #include <ounce/core/train/format.h>
 #include <ounce/core/train/memory_plan.h>
@@ -19,7 +21,6 @@
 
 #include <cmath>
 #include <filesystem>
-#include <fstream>
 #include <limits>
 
 namespace ounce {
@@ -35,29 +36,18 @@ void refuse_many_ranks() {
               ": this version trains in one process; unset WORLD_SIZE");
 }
 
-// One generator seed for each (run, step): the randomness of a step depends on nothing before it,
-// so evaluation, samples and resuming cannot change it (splitmix64, Steele et al. 2014).
-uint64_t step_seed(uint64_t seed, int64_t step) {
-  uint64_t x = seed * 0x9e3779b97f4a7c15ULL + static_cast<uint64_t>(step) + 1;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-  return (x ^ (x >> 31)) >> 1;
-}
-
 // What the loop itself has to remember.
 struct Progress : Stateful {
   int64_t step = 0;  // steps done
-  int64_t seed = 0;  // with `step`, the state of every generator (step_seed)
+  int64_t seed = 0;  // with `step`, the state of every generator (take_step)
   int64_t tokens = 0;
   int64_t skipped_in_row = 0;
-  double best_valid_loss = std::numeric_limits<double>::infinity();
 
   void visit_state(StateVisitor& visitor) override {
     visitor.integer("step", step);
     visitor.integer("generator_seed", seed);
     visitor.integer("tokens", tokens);
     visitor.integer("skipped_in_row", skipped_in_row);
-    visitor.number("best_valid_loss", best_valid_loss);
   }
 };
 
@@ -71,14 +61,14 @@ struct Trainer::Impl {
   void open_run();
   void resume();
   void start();
-  void train_until(int64_t stop);
-  void finish(int64_t stop);
+  void train();
   void take_step();
   void settle();
   void report_step(const StepNumbers& numbers);
   void evaluate(bool final);
   void sample();
   void save();
+  void try_to_save();
   bool due(const char* interval) const {
     const auto every = options.config.integer(interval);
     return every > 0 && progress.step % every == 0;
@@ -112,14 +102,14 @@ struct Trainer::Impl {
   int64_t saved_step = -1;
   int64_t valid_step = -1;  // step of the last evaluation
   double valid_loss = std::nan("");
+  double best_valid_loss = std::numeric_limits<double>::infinity();
+  double peak_flops = 0;  // of the device; 0 = not known
 };
 
-// Finds or makes the run folder and settles the config before anything expensive is built.
+// Finds the run to resume, or makes sure that a new one has a place, before anything expensive is
+// built. Nothing is written.
 void Trainer::Impl::open_run() {
-  if (options.resume == "none") {
-    if (!options.dry_run) folder = RunFolder::create(options.out, options.name, options.config);
-    return;
-  }
+  if (options.resume == "none") return RunFolder::check_free(options.out);
   namespace fs = std::filesystem;
   if (options.resume == "auto") {
     folder = options.out.empty() ? RunFolder::newest(options.name) : RunFolder::open(options.out);
@@ -127,27 +117,34 @@ void Trainer::Impl::open_run() {
   } else if (fs::exists(fs::path(options.resume) / "config.toml")) {
     folder = RunFolder::open(options.resume);
     resume_from = folder->checkpoints(folder->config());
+    std::error_code error;
+    OUNCE_CHECK(options.out.empty() || fs::equivalent(options.out, options.resume, error),
+                "[train] --resume ", options.resume,
+                " goes on in that folder; leave --out away, or resume one of its checkpoints");
   } else {
     // A checkpoint by its own path: its run goes on in --out.
     OUNCE_CHECK(!options.out.empty(), "[train] --resume ", options.resume,
                 " is not a run folder; say with --out where the run goes on");
-    folder = fs::exists(fs::path(options.out) / "config.toml")
-                 ? RunFolder::open(options.out)
-                 : RunFolder::create(options.out, options.name, options.config);
     resume_from = options.resume;
+    if (!fs::exists(fs::path(options.out) / "config.toml")) {
+      return RunFolder::check_free(options.out);
+    }
+    folder = RunFolder::open(options.out);
   }
   const auto changes = forbidden_changes(folder->config(), options.config);
-  if (changes.empty()) return;
-  std::string list;
-  for (const auto& change : changes) list += (list.empty() ? "" : ", ") + change;
-  fail(Fault::kUsage, "[train] '", folder->path(), "' was started with other settings (", list,
-       "); a resumed run may change only intervals, checkpoint settings and device");
+  OUNCE_CHECK(changes.empty(), "[train] '", folder->path(), "' was started with other settings (",
+              c10::Join(", ", changes),
+              "); a resumed run may change only intervals, checkpoint settings and device");
 }
 
 void Trainer::Impl::resume() {
   const auto report = ckpt::load_checkpoint(resume_from, std::nullopt, objects());
   for (const auto& rejected : report.rejected) {
     out << "WARNING: passed over a damaged checkpoint: " << rejected << std::endl;
+  }
+  for (const auto& earlier : ckpt::list_checkpoints(resume_from)) {
+    const auto loss = earlier.metrics.find("val_loss");
+    if (loss != earlier.metrics.end()) best_valid_loss = std::fmin(best_valid_loss, loss->second);
   }
   // Saving the step that is there already would say nothing new.
   if (folder && resume_from == folder->checkpoints(options.config)) saved_step = progress.step;
@@ -156,34 +153,43 @@ void Trainer::Impl::resume() {
 
 void Trainer::Impl::start() {
   refuse_many_ranks();
+  count_cpu_memory();
   const auto device = choose_device(options.device);
   open_run();
-  session = std::make_unique<Session>(options.config, device);
-  const auto horizon = options.config.positive("run.steps");
-  schedule =
-      registry<Schedule>().make(*options.config.find("optimizer.schedule"), {.steps = horizon});
-  progress.seed = options.config.integer("run.seed");
+  const auto& config = options.config;
+  session = std::make_unique<Session>(config, device);
+  peak_flops = device_facts(device).peak_bf16_flops;
+  const auto horizon = config.positive("run.steps");
+  schedule = registry<Schedule>().make(*config.find("optimizer.schedule"), {.steps = horizon});
+  progress.seed = config.integer("run.seed");
+  stop = options.stop_after.value_or(horizon);
+  if (config.integer("run.sample_tokens") > 0)
+    session->prompt_tokens(config.text("run.sample_prompt"));
+  if (config.flag("run.plan") || options.dry_run) {
+    const auto parts = config.positive("data.accumulate");
+    const auto rows = config.positive("data.batch") / parts;
+    plan = measure_memory_plan(*session->learner,
+                               slice_rows(session->dataset->train_batch(0), 0, rows), parts > 1,
+                               device);
+  }
+  // After the plan, whose passes may move what a part of the model keeps.
   if (!options.init_from.empty()) {
     const auto report = ckpt::load_weights(options.init_from, *session->model, options.init_map);
     say("initial weights from " + options.init_from + ": " + report.summary());
   }
-  if (!resume_from.empty()) resume();
-  stop = options.stop_after.value_or(horizon);
-  if (options.config.flag("run.plan") || options.dry_run) {
-    const auto rows =
-        options.config.positive("data.batch") / options.config.positive("data.accumulate");
-    plan = measure_memory_plan(*session->learner,
-                               slice_rows(session->dataset->train_batch(0), 0, rows), device);
+  if (!options.dry_run) {
+    if (!folder) folder = RunFolder::create(options.out, options.name, config);
+    // Has the lock and has swept up before anything is read or changed.
+    checkpointer = std::make_unique<ckpt::Checkpointer>(
+        ckpt::CheckpointerOptions{.root = folder->checkpoints(config),
+                                  .keep_last = config.integer("checkpoint.keep_last"),
+                                  .keep_every = config.integer("checkpoint.keep_every"),
+                                  .keep_best = config.text("checkpoint.keep_best")});
   }
+  if (!resume_from.empty()) resume();
   for (const auto& line : start_block(*session, plan, progress.step, stop)) say(line);
   if (options.dry_run) return;
-  folder->write_config(options.config);
-  ckpt::CheckpointerOptions checkpoint;
-  checkpoint.root = folder->checkpoints(options.config);
-  checkpoint.keep_last = options.config.integer("checkpoint.keep_last");
-  checkpoint.keep_every = options.config.integer("checkpoint.keep_every");
-  checkpoint.keep_best = options.config.text("checkpoint.keep_best");
-  checkpointer = std::make_unique<ckpt::Checkpointer>(checkpoint);
+  if (!(folder->config() == config)) folder->write_config(config);
   if (!options.quiet) sinks.push_back(console_sink(out));
   sinks.push_back(jsonl_sink(folder->file("metrics.jsonl"), progress.step));
   sinks.push_back(tensorboard_sink(folder->path(), resume_from.empty() ? -1 : progress.step));
@@ -192,7 +198,10 @@ void Trainer::Impl::start() {
 
 void Trainer::Impl::take_step() {
   const auto& config = options.config;
-  seed_everything(step_seed(static_cast<uint64_t>(progress.seed), progress.step));
+  // The randomness of a step depends on nothing before it, so evaluation, samples and resuming
+  // cannot change it.
+  seed_everything(
+      data::mix64(static_cast<uint64_t>(progress.seed), static_cast<uint64_t>(progress.step)));
   const auto batch = session->dataset->next_train_batch();
   const auto parts = config.integer("data.accumulate");
   const auto rows = batch.tokens.size(0) / parts;
@@ -225,8 +234,9 @@ void Trainer::Impl::settle() {
         << numbers.norm << "): skipped, nothing changed" << std::endl;
     OUNCE_CHECK_AS(Fault::kProblem, progress.skipped_in_row < kMostSkippedInARow, "[train] ",
                    kMostSkippedInARow, " steps in a row were not finite, up to step ", numbers.step,
-                   "; lower optimizer.lr, or look at the data; the last checkpoint is step ",
-                   saved_step);
+                   "; lower optimizer.lr, or look at the data; ",
+                   saved_step < 0 ? "there is no checkpoint yet"
+                                  : "the last checkpoint is step " + std::to_string(saved_step));
   }
   report_step(numbers);
 }
@@ -251,9 +261,8 @@ void Trainer::Impl::report_step(const StepNumbers& numbers) {
     const auto batch = config.integer("data.batch"), length = config.integer("data.sequence");
     fields.emplace_back("ms", seconds * 1e3);
     fields.emplace_back("tok_s", static_cast<double>(batch * length) / seconds);
-    const auto peak = device_facts(session->device).peak_bf16_flops;
-    if (peak > 0)
-      fields.emplace_back("mfu", session->learner->flops(batch, length) / seconds / peak);
+    if (peak_flops > 0)
+      fields.emplace_back("mfu", session->learner->flops(batch, length) / seconds / peak_flops);
     fields.emplace_back("eta_s", seconds * static_cast<double>(stop - numbers.step));
     lap_start = numbers.step;
   }
@@ -269,14 +278,16 @@ void Trainer::Impl::evaluate(bool final) {
   const auto batches =
       options.config.integer(final ? "run.final_eval_batches" : "run.eval_batches");
   const auto begin = std::chrono::steady_clock::now();
-  valid_loss = session->evaluate(batches);
-  valid_step = progress.step;
+  // A signal ends the final evaluation, which can be long, as it ends a step.
+  const auto loss = session->evaluate(batches, [] { return SignalGuard::received() != nullptr; });
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-  progress.best_valid_loss = std::fmin(progress.best_valid_loss, valid_loss);
-  if (!std::isnan(valid_loss)) {
+  if (loss) {
+    valid_loss = *loss;
+    valid_step = progress.step;
+    best_valid_loss = std::fmin(best_valid_loss, valid_loss);
     write("eval", progress.step,
           {{"val_loss", valid_loss},
-           {"best", progress.best_valid_loss},
+           {"best", best_valid_loss},
            {"bits", valid_loss / std::log(2.0)},
            {"seconds", seconds.count()}});
   }
@@ -293,8 +304,8 @@ void Trainer::Impl::sample() {
                                      .top_k = config.integer("run.sample_top_k"),
                                      .seed = static_cast<uint64_t>(progress.seed)});
   write("sample", progress.step, {{"text", printable(text)}});
-  std::ofstream file(folder->file("samples.txt"), std::ios::app | std::ios::binary);
-  file << "=== step " << progress.step << "\n" << text << "\n";
+  AppendFile(folder->file("samples.txt"), 0)
+      .append("=== step " + std::to_string(progress.step) + "\n" + text + "\n");
   clock.start();
 }
 
@@ -315,14 +326,27 @@ void Trainer::Impl::save() {
   clock.start();
 }
 
-void Trainer::Impl::train_until(int64_t last) {
+// Training goes on where a disk that is full for a while does not take a checkpoint; the last save
+// of a run is not so lucky.
+void Trainer::Impl::try_to_save() {
+  try {
+    save();
+  } catch (const Error& error) {
+    if (error.fault() != Fault::kData) throw;
+    clock.start();
+    out << "WARNING: step " << progress.step
+        << " was not saved, training goes on: " << error.what_without_backtrace() << std::endl;
+  }
+}
+
+void Trainer::Impl::train() {
   clock.start();
-  while (progress.step < last && SignalGuard::received() == nullptr) {
+  while (progress.step < stop && SignalGuard::received() == nullptr) {
     take_step();
-    const bool final = progress.step == last;
-    if (due("run.eval_every") && !final) evaluate(false);
-    if (due("run.sample_every") && !final) sample();
-    if (due("checkpoint.every") && !final) save();
+    if (progress.step == stop) break;
+    if (due("run.eval_every")) evaluate(false);
+    if (due("run.sample_every")) sample();
+    if (due("checkpoint.every")) try_to_save();
   }
   settle();
 }
@@ -333,9 +357,10 @@ TrainResult Trainer::Impl::run() {
   try {
     start();
     if (options.dry_run) return result;
-    train_until(stop);
+    train();
   } catch (const c10::Error& error) {
     if (!is_out_of_memory(error)) throw;
+    if (!plan && session) plan = MemoryPlan{.state = session->learner->state_bytes()};
     if (plan) {
       for (const auto& line : plan->table()) out << line << "\n";
       for (const auto& line : plan->remedies(options.config.integer("data.accumulate"))) {
@@ -345,19 +370,20 @@ TrainResult Trainer::Impl::run() {
     fail(Fault::kProblem, "[train] out of memory at step ", progress.step, "; ",
          first_line(error.what_without_backtrace()));
   }
-  result.interrupted = SignalGuard::received() != nullptr;
-  if (!result.interrupted) evaluate(true);
+  if (SignalGuard::received() == nullptr) evaluate(true);
   save();
+  result.interrupted = SignalGuard::received() != nullptr;
   if (!result.interrupted && options.config.integer("run.sample_tokens") > 0) sample();
-  for (const auto& line : end_block(*session, plan, valid_loss)) say(line);
+  const auto shown = valid_step == progress.step ? valid_loss : std::nan("");
+  for (const auto& line : end_block(*session, plan, shown)) out << line << std::endl;
   result.step = progress.step;
   result.valid_loss = valid_loss;
-  result.best_valid_loss = progress.best_valid_loss;
+  result.best_valid_loss = best_valid_loss;
   result.folder = folder->path();
   if (result.interrupted)
     out << SignalGuard::received() << ": saved step " << progress.step << std::endl;
-  out << "resume: ./ounce train --resume auto --out " << folder->path() << " --steps "
-      << (result.interrupted ? stop : 2 * stop) << std::endl;
+  out << "resume: ./ounce train --resume auto --out " << shell_quoted(folder->path()) << " --steps "
+      << (progress.step < stop ? stop : 2 * stop) << options.resume_flags << std::endl;
   return result;
 }
 

@@ -22,8 +22,9 @@ struct TrainerOptions {
   std::string init_from;              // weights only, from a checkpoint or safetensors
   std::vector<std::string> init_map;  // "from=to" name rules for init_from
   bool dry_run = false;               // build, plan memory, print, write nothing
-  bool quiet = false;                 // errors and the final lines only
+  bool quiet = false;                 // warnings and the final lines only
   std::string command;                // stored beside the checkpoints
+  std::string resume_flags;           // flags of this run that its resume line repeats
 };
 
 struct TrainResult {

@@ -5,6 +5,7 @@
 
 #include <ounce/ckpt/restore.h>
 #include <ounce/ckpt/scan.h>
+#include <ounce/core/train/format.h>
 #include <torch/torch.h>
 
 #include <CLI/CLI.hpp>
@@ -20,19 +21,6 @@ using Json = nlohmann::ordered_json;
 
 void print(const Json& json) {
   std::cout << json.dump(1, ' ', false, Json::error_handler_t::replace) << "\n";
-}
-
-std::string size_text(int64_t bytes) {
-  char text[32];
-  const double value = static_cast<double>(bytes);
-  if (bytes < 1 << 20) {
-    std::snprintf(text, sizeof(text), "%.1f KiB", value / 1024);
-  } else if (bytes < 1 << 30) {
-    std::snprintf(text, sizeof(text), "%.1f MiB", value / (1 << 20));
-  } else {
-    std::snprintf(text, sizeof(text), "%.2f GiB", value / (1 << 30));
-  }
-  return text;
 }
 
 Json number_json(double value) {
@@ -75,7 +63,7 @@ void list_steps(const std::vector<std::string>& roots, bool as_json) {
                        {"metrics", metrics_json(info.metrics)}});
       } else {
         std::printf("step %-10ld %10s  %s%s\n", static_cast<long>(info.step),
-                    size_text(info.bytes).c_str(), info.path.c_str(),
+                    format_bytes(info.bytes).c_str(), info.path.c_str(),
                     metrics_text(info.metrics).c_str());
       }
     }
@@ -126,7 +114,7 @@ void show_step(const std::string& path, bool tensors, bool as_json) {
   const auto info = info_of(manifest, folder);
   if (as_json) return show_json(manifest, info, tensors);
   std::cout << "step " << info.step << "  " << info.path << "\n"
-            << manifest.tensors.size() << " tensors, " << size_text(info.bytes) << ", format "
+            << manifest.tensors.size() << " tensors, " << format_bytes(info.bytes) << ", format "
             << manifest.format << ", uuid " << info.uuid << "\n";
   for (const auto& [name, value] : info.metrics)
     std::cout << "metric " << name << " = " << value << "\n";
@@ -160,7 +148,7 @@ int verify(const std::vector<std::string>& paths, bool containers, bool as_json)
       return;
     }
     std::cout << (report.problems.empty() ? "good  " : "BAD   ") << folder << "  " << report.blocks
-              << " blocks, " << size_text(report.bytes) << "\n";
+              << " blocks, " << format_bytes(report.bytes) << "\n";
     for (const auto& problem : report.problems) std::cout << "      " << problem << "\n";
   };
   for (const auto& path : paths) {

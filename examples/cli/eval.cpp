@@ -19,8 +19,9 @@ void add_eval(CLI::App& app, int& exit_code) {
   command->add_flag("--json", *json, "one JSON object");
   command->callback([flags, json, &exit_code] {
     auto session = open_run_session(*flags);
-    const auto loss = session->evaluate(0);
-    OUNCE_CHECK_AS(Fault::kNotFound, !std::isnan(loss), "[eval] the data has no validation split");
+    const auto evaluated = session->evaluate(0);
+    OUNCE_CHECK_AS(Fault::kNotFound, evaluated, "[eval] the data has no validation split");
+    const double loss = *evaluated;
     std::printf(*json ? "{\"val_loss\": %.17g, \"bits\": %.17g, \"perplexity\": %.17g}\n"
                       : "validation loss %.4f nats a token | %.4f bits | perplexity %.3f\n",
                 loss, loss / std::log(2.0), std::exp(loss));

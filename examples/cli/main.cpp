@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
 // The program `ounce`.
+#include <malloc.h>
 #include <ounce/core/check.h>
 #include <ounce/core/device.h>
 #include <ounce/core/registry.h>
 #include <ounce/core/version.h>
-#include <malloc.h>
 #include <ounce/ounce.h>
 
+#include <filesystem>
 #include <iostream>
 
 #include "commands.h"
@@ -21,7 +22,8 @@ void add_plugins(CLI::App& command) {
             for (const auto& library : libraries) load_plugin(library);
           },
           "shared library with extern \"C\" void ounce_register()")
-      ->trigger_on_parse();
+      ->trigger_on_parse()
+      ->allow_extra_args(false);
 }
 
 }  // namespace ounce::cli
@@ -56,8 +58,8 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   try {
-    // A step frees what the next one needs again: pages that go back to the kernel in between cost a
-    // CPU a good part of its time.
+    // A step frees what the next one needs again: pages that go back to the kernel in between cost
+    // a CPU a good part of its time.
     mallopt(M_MMAP_THRESHOLD, 32 << 20);
     mallopt(M_TRIM_THRESHOLD, 1 << 30);
     // Before the first tensor, so that memory is counted from the start.
@@ -69,6 +71,9 @@ int main(int argc, char** argv) {
     return static_cast<int>(error.fault());
   } catch (const c10::Error& error) {
     std::cerr << "ounce: " << error.what_without_backtrace() << std::endl;
+  } catch (const std::filesystem::filesystem_error& error) {
+    std::cerr << "ounce: " << error.what() << std::endl;
+    return static_cast<int>(ounce::Fault::kData);
   } catch (const std::exception& error) {
     std::cerr << "ounce: " << error.what() << std::endl;
   }

@@ -13,7 +13,8 @@ namespace ounce::cli {
 void add_run_flags(CLI::App& command, RunFlags& flags) {
   command.add_option("--run", flags.run, "run folder")->required();
   command.add_option("--device", flags.device, "auto, cpu, cuda or cuda:N");
-  command.add_option("--set", flags.sets, "change one setting, a.b=c; repeatable")->take_all();
+  command.add_option("--set", flags.sets, "change one setting, a.b=c; repeatable")
+      ->allow_extra_args(false);
   add_plugins(command);
 }
 

@@ -8,25 +8,33 @@ What stands between two such lines is replaced: a table between
     <!-- bench:NAME key=value ... -->
     <!-- /bench -->
 
+or what whole runs measured, one row for each results/run-*-GPU.jsonl, between
+
+    <!-- runs:GPU -->
+    <!-- /runs -->
+
 or a program's output, whole or its first and last lines, between
 
     <!-- output:NAME head=N tail=M -->
     <!-- /output -->
 
-NAME is the file results/NAME.jsonl or results/NAME.txt. Keys choose its rows: family=cce device=H100 (a part of the value is
-enough); the newest row of each case is shown. columns=a,b,... chooses columns. --check changes nothing and
-fails where one is not what the files say.
+NAME is the file results/NAME.jsonl or results/NAME.txt. Keys choose its rows: family=cce device=H100 (a
+part of the value is enough); the newest row of each case is shown. columns=a,b,... chooses columns.
+--check changes nothing and fails where one is not what the files say.
 """
 import argparse
+import glob
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.abspath(os.path.join(HERE, "..", ".."))
 BLOCK = re.compile(r"(<!-- bench:(\S+)((?: [^ ]+)*?) -->\n)(.*?)(<!-- /bench -->)", re.S)
+RUNS = re.compile(r"(<!-- runs:(\S+) -->\n)(.*?)(<!-- /runs -->)", re.S)
 OUTPUT = re.compile(r"(<!-- output:(\S+)((?: [^ ]+)*?) -->\n)(.*?)(<!-- /output -->)", re.S)
 
 # How a column is headed and written.
@@ -95,6 +103,26 @@ def table(name, settings):
     return text + ".\n"
 
 
+def runs(gpu):
+    lines = ["| config | parameters | best loss (step) | ms a step | tokens/s | MFU | memory | predicted |", "|---" * 8 + "|"]
+    places = set()
+    for path in sorted(glob.glob(os.path.join(HERE, "results", f"run-*-{gpu}.jsonl"))):
+        with open(path) as file:
+            rows = [json.loads(line) for line in file]
+        config = next(row for row in rows if row["t"] == "config")
+        steps = [row for row in rows if row["t"] == "train" and "ms" in row]
+        best = min((row for row in rows if row["t"] == "eval"), key=lambda row: row["val_loss"])
+        middle = lambda key: statistics.median(row[key] for row in steps)
+        name = os.path.basename(path).removeprefix("run-").removesuffix(f"-{gpu}.jsonl")
+        lines.append(
+            f"| {name} | {config['parameters'] / 1e6:.1f}M | {best['val_loss']:.4f} ({best['step']}) "
+            f"| {middle('ms'):.1f} | {middle('tok_s') / 1e3:.0f}k | {middle('mfu'):.1%} "
+            f"| {max(row['mem'] for row in steps) / 2**30:.2f} GiB | {config['plan_peak'] / 2**30:.2f} GiB |"
+        )
+        places.add(f"{config['device']}, driver {config['driver']}, LibTorch {config['torch']}")
+    return "\n".join(lines) + "\n\n" + "; ".join(sorted(places)) + ".\n"
+
+
 def output(name, settings):
     wanted = dict(item.split("=", 1) for item in settings.split())
     with open(os.path.join(HERE, "results", name + ".txt")) as file:
@@ -121,6 +149,7 @@ def main():
         with open(path) as file:
             old = file.read()
         new = BLOCK.sub(lambda m: m[1] + table(m[2], m[3]) + m[5], old)
+        new = RUNS.sub(lambda m: m[1] + runs(m[2]) + m[4], new)
         new = OUTPUT.sub(lambda m: m[1] + output(m[2], m[3]) + m[5], new)
         if new == old:
             continue
