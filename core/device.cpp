@@ -66,6 +66,15 @@ std::string cpu_name() {
   return "CPU";
 }
 
+// What the kernel could give, caches included.
+int64_t available_memory() {
+  std::ifstream info("/proc/meminfo");
+  for (std::string line; std::getline(info, line);) {
+    if (line.starts_with("MemAvailable:")) return std::stoll(line.substr(13)) * 1024;
+  }
+  return sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGE_SIZE);
+}
+
 }  // namespace
 
 at::Device choose_device(const std::string& name) {
@@ -95,7 +104,7 @@ DeviceFacts device_facts(at::Device device) {
   facts.name = cpu_name();
   const int64_t page = sysconf(_SC_PAGE_SIZE);
   facts.total_bytes = sysconf(_SC_PHYS_PAGES) * page;
-  facts.free_bytes = sysconf(_SC_AVPHYS_PAGES) * page;
+  facts.free_bytes = available_memory();
   return facts;
 }
 

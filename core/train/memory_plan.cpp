@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <ounce/core/check.h>
 #include <ounce/core/device.h>
 #include <ounce/core/train/format.h>
 #include <ounce/core/train/memory_plan.h>
@@ -86,6 +87,13 @@ MemoryPlan measure_memory_plan(Learner& learner, const data::Batch& batch, bool 
   plan.free = device_facts(device).free_bytes + memory_use(device).current - plan.peak;
   reset_peak_memory(device);
   return plan;
+}
+
+void check_fits(int64_t bytes, const char* what, at::Device device) {
+  const auto free = device_facts(device).free_bytes;
+  OUNCE_CHECK_AS(Fault::kProblem, bytes <= free, "[train] out of memory: ", what, " need ",
+                 format_bytes(bytes), ", ", format_bytes(free), " are free on ", device.str(),
+                 "; make model.dim or model.layers smaller");
 }
 
 bool is_out_of_memory(const c10::Error& error) {

@@ -33,6 +33,10 @@ struct MemoryPlan {
 MemoryPlan measure_memory_plan(Learner& learner, const data::Batch& batch, bool accumulates,
                                at::Device device);
 
+// Fault::kProblem where `bytes` more are not free on the device: a CPU's kernel would end the process
+// without a word.
+void check_fits(int64_t bytes, const char* what, at::Device device);
+
 bool is_out_of_memory(const c10::Error& error);
 
 }  // namespace ounce

@@ -5,6 +5,7 @@
 #include <ounce/core/nn/construction.h>
 #include <ounce/core/registry.h>
 #include <ounce/core/train/config.h>
+#include <ounce/core/train/memory_plan.h>
 #include <ounce/core/train/session.h>
 #include <torch/torch.h>
 
@@ -30,6 +31,12 @@ Session::Session(const Options& config_, at::Device device_)
                                             .batch = config.positive("data.batch"),
                                             .seed = seed,
                                             .packed = config.text("data.documents") == "packed"});
+  int64_t bytes = 0;
+  const auto shape =
+      build_model(config, dataset->vocab_size(), at::TensorOptions(at::kFloat).device(at::kMeta));
+  for (const auto& parameter : shape->parameters())
+    bytes += static_cast<int64_t>(parameter.nbytes());
+  check_fits(bytes, "the weights", device);
   seed_everything(seed);
   const auto params = config.text("precision.params") == "bf16" ? at::kBFloat16 : at::kFloat;
   model =

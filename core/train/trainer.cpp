@@ -158,6 +158,8 @@ void Trainer::Impl::start() {
   open_run();
   const auto& config = options.config;
   session = std::make_unique<Session>(config, device);
+  const auto state = session->learner->state_bytes();
+  check_fits(state.gradients + state.optimizer, "gradients and optimizer state", device);
   peak_flops = device_facts(device).peak_bf16_flops;
   const auto horizon = config.positive("run.steps");
   schedule = registry<Schedule>().make(*config.find("optimizer.schedule"), {.steps = horizon});

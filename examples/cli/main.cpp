@@ -3,10 +3,12 @@
 #include <malloc.h>
 #include <ounce/core/check.h>
 #include <ounce/core/device.h>
+#include <ounce/core/options.h>
 #include <ounce/core/registry.h>
 #include <ounce/core/version.h>
 #include <ounce/ounce.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <iostream>
 
@@ -48,6 +50,13 @@ int run(int argc, char** argv) {
   } catch (const CLI::Success& request) {  // --help, --version
     return app.exit(request);
   } catch (const CLI::ParseError& error) {
+    std::vector<std::string> names;
+    for (const auto* known : app.get_subcommands({})) names.push_back(known->get_name());
+    if (argc > 1 && argv[1][0] != '-' &&
+        std::find(names.begin(), names.end(), argv[1]) == names.end()) {
+      ounce::fail(ounce::Fault::kUsage, "no command is called '", argv[1], "'",
+                  ounce::nearest_hint(argv[1], names));
+    }
     std::cerr << "ounce: " << error.what() << "; see ./ounce --help" << std::endl;
     return static_cast<int>(ounce::Fault::kUsage);
   }
