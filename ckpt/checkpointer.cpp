@@ -4,7 +4,8 @@
 #include <ounce/ckpt/lock.h>
 #include <ounce/ckpt/restore.h>
 #include <ounce/ckpt/retention.h>
-#include <torch/torch.h>
+#include <ounce/ckpt/scan.h>
+#include <ounce/ckpt/snapshot.h>
 
 #include <chrono>
 
@@ -20,6 +21,19 @@ void check_texts(const std::map<std::string, std::string>& notes,
   };
   for (const auto& [name, text] : notes) check(name);
   for (const auto& [name, value] : metrics) check(name);
+}
+
+// Where something is to be written, its absence is a failed call and no search without a result.
+template <class Action>
+auto writing(const Action& action) -> decltype(action()) {
+  return with_faults([&] {
+    try {
+      return action();
+    } catch (const StorageError& error) {
+      if (error.kind() != StorageError::Kind::kMissing) throw;
+      throw StorageError(StorageError::Kind::kIo, error.what());
+    }
+  });
 }
 
 }  // namespace
@@ -67,7 +81,8 @@ struct Checkpointer::Impl {
                   const std::map<std::string, std::string>& notes,
                   const std::map<std::string, double>& metrics) {
     const auto start = std::chrono::steady_clock::now();
-    OUNCE_CHECK(step >= 0, "[checkpoint] expected a step of at least 0, got ", step);
+    OUNCE_CHECK(step >= 0 && step <= kMostStep, "[checkpoint] expected a step of 0 to ", kMostStep,
+                ", got ", step);
     check_texts(notes, metrics);
     const Snapshot snapshot(objects);
     at::Tensor held;
@@ -76,9 +91,8 @@ struct Checkpointer::Impl {
     request.manifest.notes = notes;
     request.manifest.metrics = metrics;
     auto& files = *options.file_system;
-    for (const auto& entry : scan_root(files, options.root).steps) {
-      request.manifest.sequence = std::max(request.manifest.sequence, entry.manifest.sequence + 1);
-    }
+    auto steps = scan_root(files, options.root).steps;
+    if (!steps.empty()) request.manifest.sequence = steps.front().manifest.sequence + 1;
     auto result = commit_step(files, std::move(request));
     SaveReport report;
     report.info = info_of(result.manifest, result.path);
@@ -86,32 +100,22 @@ struct Checkpointer::Impl {
     report.warnings = std::exchange(warnings, {});
     report.warnings.insert(report.warnings.end(), result.warnings.begin(), result.warnings.end());
     enter("retention");
-    retain(result.manifest.sequence, report.warnings);
+    // Behind the step just written: nothing else is known to be good.
+    std::erase_if(steps, [&](const auto& entry) { return entry.manifest.step == step; });
+    steps.insert(steps.begin(), {std::move(result.path), std::move(result.manifest)});
+    const RetentionRule rule{options.keep_last, options.keep_every, options.keep_best};
+    const auto removed = remove_steps(files, options.root, steps_to_remove(files, steps, rule));
+    report.warnings.insert(report.warnings.end(), removed.begin(), removed.end());
     enter("done");
     report.seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     return report;
   }
-
-  // The step is committed: what goes wrong here is told, not thrown.
-  void retain(int64_t sequence, std::vector<std::string>& all) const {
-    auto& files = *options.file_system;
-    try {
-      const auto steps = scan_root(files, options.root).steps;
-      // Only behind the step that was just written: nothing else is known to be good.
-      if (steps.empty() || steps.front().manifest.sequence != sequence) return;
-      const RetentionRule rule{options.keep_last, options.keep_every, options.keep_best};
-      const auto removed = remove_steps(files, options.root, steps_to_remove(files, steps, rule));
-      all.insert(all.end(), removed.begin(), removed.end());
-    } catch (const StorageError& error) {
-      all.push_back(error.what());
-    }
-  }
 };
 
 Checkpointer::Checkpointer(CheckpointerOptions options) : impl_(new Impl) {
   impl_->options = std::move(options);
-  with_faults([&] { impl_->open(); });
+  writing([&] { impl_->open(); });
 }
 
 Checkpointer::~Checkpointer() = default;
@@ -119,7 +123,7 @@ Checkpointer::~Checkpointer() = default;
 SaveReport Checkpointer::save(int64_t step, const Objects& objects,
                               const std::map<std::string, std::string>& notes,
                               const std::map<std::string, double>& metrics) {
-  return with_faults([&] { return impl_->save(step, objects, notes, metrics); });
+  return writing([&] { return impl_->save(step, objects, notes, metrics); });
 }
 
 }  // namespace ounce::ckpt

@@ -66,7 +66,7 @@ class Checkpointer {
 };
 
 // Steps under a root that have a manifest, newest first; damaged manifests are listed in
-// `problems`.
+// `problems`, and one of a later version throws (Fault::kNewerFormat).
 std::vector<CheckpointInfo> list_checkpoints(const std::string& root,
                                              std::vector<std::string>* problems = nullptr);
 
@@ -79,7 +79,8 @@ struct LoadReport {
 // Loads the newest good step of a root (or the step given, or the step folder given as `path`) into
 // the objects, in place; names, shapes and dtypes must match exactly, every difference is listed in
 // one error (Fault::kUsage) and then nothing has been changed. Block sums are verified before a
-// value is used. Nothing there: Fault::kNotFound. Steps there, none good: Fault::kData.
+// value is used. Nothing there: Fault::kNotFound. Steps there, none good: Fault::kData. A step of a
+// later version in the root: Fault::kNewerFormat, unless a step is given.
 LoadReport load_checkpoint(const std::string& path, std::optional<int64_t> step,
                            const std::vector<std::pair<std::string, Stateful*>>& objects);
 LoadReport load_checkpoint(const std::string& path, std::optional<int64_t> step,

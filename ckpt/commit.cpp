@@ -14,6 +14,8 @@ namespace {
 
 constexpr const char* kDataName = "rank00000.h5";
 
+bool is_full(int error) { return error == ENOSPC || error == EDQUOT || error == EFBIG; }
+
 int64_t whole_pages(int64_t bytes) { return (bytes + kPageBytes - 1) / kPageBytes * kPageBytes; }
 
 class Commit {
@@ -27,6 +29,19 @@ class Commit {
         final_(request_.root + "/" + step_name(manifest_.step)) {}
 
   CommitResult run() {
+    try {
+      write_step();
+    } catch (const StorageError& error) {
+      if (published_ || !is_full(error.code())) throw;
+      // What is needed against what is free now that the temporary folder is gone.
+      throw_full(std::strerror(error.code()));
+    }
+    write_hint();
+    return {std::move(manifest_), final_, std::move(warnings_)};
+  }
+
+ private:
+  void write_step() {
     check_space();
     enter("create");
     if (const int error = files_.make_directory(temporary_); error != 0) {
@@ -35,18 +50,15 @@ class Commit {
     try {
       write_data_file();
       enter("manifest");
-      write_file_durably(files_, temporary_, kManifestName, manifest_text(manifest_));
+      write_file_durably(files_, temporary_, kManifestName, checked_text());
       enter("publish");
       publish();
     } catch (...) {
       if (!published_) remove_tree(files_, temporary_);
       throw;
     }
-    write_hint();
-    return {std::move(manifest_), final_, std::move(warnings_)};
   }
 
- private:
   void enter(const char* phase) {
     if (request_.on_phase) request_.on_phase(phase);
   }
@@ -62,40 +74,41 @@ class Commit {
     return bytes;
   }
 
-  [[noreturn]] void throw_full(int64_t needed, const char* reason) {
+  [[noreturn]] void throw_full(const char* reason) {
     int64_t free = 0;
     const bool known = files_.free_bytes(request_.root, free) == 0;
     throw StorageError(StorageError::Kind::kIo,
                        "[checkpoint] no room for step " + std::to_string(manifest_.step) + " in '" +
-                           request_.root + "' (" + reason + "): needs " + std::to_string(needed) +
-                           " bytes, " + (known ? std::to_string(free) : "an unknown number of") +
+                           request_.root + "' (" + reason + "): needs " +
+                           std::to_string(needed_bytes()) + " bytes, " +
+                           (known ? std::to_string(free) : "an unknown number of") +
                            " bytes free; free some space or keep fewer steps");
   }
 
   void check_space() {
     int64_t free = 0;
-    const auto needed = needed_bytes();
-    if (files_.free_bytes(request_.root, free) == 0 && free < needed) {
-      throw_full(needed, std::strerror(ENOSPC));
+    if (files_.free_bytes(request_.root, free) == 0 && free < needed_bytes()) {
+      throw_full(std::strerror(ENOSPC));
     }
   }
 
-  // A failed sync or close leaves the file in doubt for good (Linux drops the error once reported),
-  // so the bytes go to a new file, once.
+  // A failed write, sync or close leaves the file in doubt for good (Linux drops the error once
+  // reported), so the bytes go to a new file, once.
   void write_data_file() {
     const auto path = temporary_ + "/" + kDataName;
-    for (int attempt = 0;; ++attempt) {
-      const int error = try_data_file(path);
-      if (error == 0) return;
-      if (attempt > 0) throw_io("make durable", path, error);
-      warnings_.push_back("[checkpoint] '" + path +
-                          "' was written twice, after: " + std::strerror(error));
-      if (const int removed = files_.unlink(path); removed != 0) throw_io("remove", path, removed);
+    try {
+      return try_data_file(path);
+    } catch (const StorageError& error) {
+      if (error.kind() != StorageError::Kind::kIo || is_full(error.code())) throw;
+      warnings_.push_back("[checkpoint] the data file was written twice, because of this: " +
+                          std::string(error.what()));
     }
+    const int removed = files_.unlink(path);
+    if (removed != 0 && removed != ENOENT) throw_io("remove", path, removed);
+    try_data_file(path);
   }
 
-  // Returns the error of sync or close; throws on any other.
-  int try_data_file(const std::string& path) {
+  void try_data_file(const std::string& path) {
     manifest_ = request_.manifest;
     create_container(path, manifest_);
     FileInfo info;
@@ -108,11 +121,11 @@ class Commit {
       auto& tensor = manifest_.tensors[i];
       if (tensor.bytes > 0) write_tensor(path, file.descriptor(), request_.bytes_of(i), tensor);
     }
-    manifest_.files[0].rest_sum = rest_sum(files_, file, manifest_, 0, path);
+    manifest_.files[0].rest_sum = rest_sum(files_, file, rest_of_files(manifest_)[0], path);
     enter("sync");
     const int synced = files_.sync(file.descriptor());
     const int closed = file.close();
-    return synced != 0 ? synced : closed;
+    if (synced != 0 || closed != 0) throw_io("make durable", path, synced != 0 ? synced : closed);
   }
 
   void reserve(const std::string& path, int descriptor, int64_t size) {
@@ -120,9 +133,6 @@ class Commit {
     do {
       error = files_.allocate(descriptor, size);
     } while (error == EINTR);
-    if (error == ENOSPC || error == EDQUOT || error == EFBIG) {
-      throw_full(size, std::strerror(error));
-    }
     if (error != 0 && error != EOPNOTSUPP && error != ENOSYS) throw_io("reserve", path, error);
   }
 
@@ -133,9 +143,21 @@ class Commit {
       const auto size = std::min(manifest_.block_bytes, tensor.bytes - at);
       tensor.sums.push_back(block_sum(block, size));
       const int error = write_all(files_, descriptor, block, size, tensor.offset + at);
-      if (error == ENOSPC || error == EDQUOT) throw_full(needed_bytes(), std::strerror(error));
       if (error != 0) throw_io("write", path, error);
     }
+  }
+
+  // What no reader would accept must not be announced.
+  std::string checked_text() const {
+    auto text = manifest_text(manifest_);
+    if (static_cast<int64_t>(text.size()) > kMostManifestBytes) {
+      throw StorageError(StorageError::Kind::kUsage,
+                         "[checkpoint] the manifest of step " + std::to_string(manifest_.step) +
+                             " takes " + std::to_string(text.size()) +
+                             " bytes, more than 256 MiB; store less text in notes and scalars");
+    }
+    parse_manifest(text);
+    return text;
   }
 
   void publish() {
@@ -153,8 +175,14 @@ class Commit {
     }
     if (!replaces) return;
     warnings_.push_back("[checkpoint] replaced the step that stood at '" + final_ + "'");
-    if (const int error = remove_tree(files_, displaced); error != 0) {
-      warnings_.push_back("[checkpoint] cannot remove '" + displaced + "': " + strerror(error));
+    // As trash: half removed, it must never be taken for the step it was.
+    const auto trash =
+        request_.root + "/" + kTrashPrefix + step_name(manifest_.step) + "-" + manifest_.uuid;
+    int error = files_.rename(displaced, trash);
+    if (error == 0) error = remove_tree(files_, trash);
+    if (error != 0) {
+      warnings_.push_back("[checkpoint] cannot remove what was replaced, '" + displaced +
+                          "': " + std::strerror(error));
     }
   }
 
@@ -206,13 +234,13 @@ std::vector<std::string> sweep(FileSystem& files, const std::string& root) {
   for (const auto& name : names) {
     const auto path = root + "/" + name;
     int error = 0;
-    const std::string replaced = kReplacedPrefix;
-    if (name.rfind(replaced, 0) == 0) {
-      const auto step = name.substr(replaced.size(), name.rfind('-') - replaced.size());
+    if (name.starts_with(kReplacedPrefix)) {
+      const auto step = parse_replaced_name(name);
+      const auto stood = root + "/" + step_name(step);
       FileInfo info;
-      const bool lost = parse_step_name(step) >= 0 && files.stat(root + "/" + step, info) == ENOENT;
-      error = lost ? files.rename(path, root + "/" + step) : remove_tree(files, path);
-    } else if (name.rfind(kTemporaryPrefix, 0) == 0 || name.rfind(kTrashPrefix, 0) == 0) {
+      const bool lost = step >= 0 && files.stat(stood, info) == ENOENT;
+      error = lost ? files.rename(path, stood) : remove_tree(files, path);
+    } else if (name.starts_with(kTemporaryPrefix) || name.starts_with(kTrashPrefix)) {
       error = remove_tree(files, path);
     }
     if (error != 0) {

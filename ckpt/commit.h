@@ -32,11 +32,6 @@ struct CommitResult {
 // last sync alone, of the root, the new step may be there, whole, although it was not announced.
 CommitResult commit_step(FileSystem& files, CommitRequest request);
 
-// Prefixes of the folders that sweep() and retention know.
-inline constexpr const char* kTemporaryPrefix = ".tmp-";
-inline constexpr const char* kTrashPrefix = ".trash-";
-inline constexpr const char* kReplacedPrefix = ".old-";
-
 // Removes what dead writers left in a root; puts back a step that was about to be replaced. Returns
 // warnings. The caller holds the root's lock.
 std::vector<std::string> sweep(FileSystem& files, const std::string& root);

@@ -146,7 +146,8 @@ int read_all(FileSystem& files, int descriptor, void* data, size_t size, int64_t
 
 void throw_io(const std::string& what, const std::string& path, int error) {
   throw StorageError(error == ENOENT ? StorageError::Kind::kMissing : StorageError::Kind::kIo,
-                     "[checkpoint] cannot " + what + " '" + path + "': " + std::strerror(error));
+                     "[checkpoint] cannot " + what + " '" + path + "': " + std::strerror(error),
+                     error);
 }
 
 OpenFile open_file(FileSystem& files, const std::string& path, FileSystem::Mode mode) {

@@ -1,15 +1,21 @@
 // SPDX-License-Identifier: MIT
+#include <errno.h>
+#include <fcntl.h>
 #include <hdf5.h>
 #include <ounce/ckpt/hdf5_file.h>
 #include <ounce/ckpt/storage_error.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 
 namespace ounce::ckpt {
 namespace {
+
+constexpr unsigned kMostChildSeconds = 60;
 
 // Owns an HDF5 identifier of any kind.
 class Handle {
@@ -42,7 +48,7 @@ class QuietErrors {
   void* data_ = nullptr;
 };
 
-// The innermost message, which holds errno's text when a file call failed.
+// The innermost message, which holds errno and its text when a file call failed.
 std::string last_error() {
   std::string text = "unknown error";
   H5Ewalk2(
@@ -56,8 +62,11 @@ std::string last_error() {
 }
 
 [[noreturn]] void fail_hdf5(const std::string& what) {
-  throw StorageError(StorageError::Kind::kIo,
-                     "[checkpoint] libhdf5 cannot " + what + ": " + last_error());
+  const auto reason = last_error();
+  const std::string_view before = "errno = ";
+  const auto at = reason.find(before);
+  throw StorageError(StorageError::Kind::kIo, "[checkpoint] libhdf5 cannot " + what + ": " + reason,
+                     at == std::string::npos ? 0 : std::atoi(&reason[at + before.size()]));
 }
 
 hid_t valid(hid_t id, const std::string& what) {
@@ -245,7 +254,8 @@ void check_names(const Manifest& manifest) {
   }
 }
 
-void compare_dataset(hid_t file, const TensorRecord& tensor, const Manifest& manifest,
+// `holder` has the tensor's bytes.
+void compare_dataset(hid_t file, const TensorRecord& tensor, const TensorRecord& holder,
                      std::vector<std::string>& problems) {
   const Handle dataset(H5Dopen2(file, tensor.name.c_str(), H5P_DEFAULT), H5Dclose);
   if (dataset < 0) {
@@ -263,11 +273,7 @@ void compare_dataset(hid_t file, const TensorRecord& tensor, const Manifest& man
   if (H5Tequal(type, type_of(tensor.dtype)) <= 0) {
     problems.push_back("libhdf5 finds another type of '" + tensor.name + "'");
   }
-  const auto* holder = &tensor;
-  for (const auto& other : manifest.tensors) {
-    if (!tensor.tied_to.empty() && other.name == tensor.tied_to) holder = &other;
-  }
-  if (holder->bytes > 0 && H5Dget_offset(dataset) != static_cast<haddr_t>(holder->offset)) {
+  if (holder.bytes > 0 && H5Dget_offset(dataset) != static_cast<haddr_t>(holder.offset)) {
     problems.push_back("libhdf5 finds '" + tensor.name + "' at another offset");
   }
 }
@@ -279,8 +285,33 @@ std::vector<std::string> compare_here(const std::string& path, const Manifest& m
   H5Pset_file_locking(access, false, true);
   const Handle file(H5Fopen(path.c_str(), H5F_ACC_RDONLY, access), H5Fclose);
   if (file < 0) return {"libhdf5 cannot open '" + path + "': " + last_error()};
-  for (const auto& tensor : manifest.tensors) compare_dataset(file, tensor, manifest, problems);
+  std::map<std::string_view, const TensorRecord*> by_name;
+  for (const auto& tensor : manifest.tensors) by_name[tensor.name] = &tensor;
+  for (const auto& tensor : manifest.tensors) {
+    const auto& holder = tensor.tied_to.empty() ? tensor : *by_name.at(tensor.tied_to);
+    compare_dataset(file, tensor, holder, problems);
+  }
   return problems;
+}
+
+// The child's side of compare_container(). Never returns: what is above this on the stack belongs
+// to the parent.
+[[noreturn]] void compare_in_child(int out, const std::string& path, const Manifest& manifest) {
+  try {
+    // A damaged file may also keep libhdf5 busy for ever.
+    ::signal(SIGALRM, SIG_DFL);
+    ::alarm(kMostChildSeconds);
+    std::string text;
+    for (const auto& problem : compare_here(path, manifest)) text += problem + "\n";
+    for (size_t sent = 0; sent < text.size();) {
+      const auto count = ::write(out, text.data() + sent, text.size() - sent);
+      if (count <= 0) ::_exit(2);
+      sent += count;
+    }
+    ::_exit(0);
+  } catch (...) {
+    ::_exit(2);
+  }
 }
 
 }  // namespace
@@ -307,28 +338,21 @@ void create_container(const std::string& path, Manifest& manifest) {
 
 std::vector<std::string> compare_container(const std::string& path, const Manifest& manifest) {
   int ends[2];
-  if (::pipe(ends) != 0) return {"cannot make a pipe to check '" + path + "'"};
+  if (::pipe2(ends, O_CLOEXEC) != 0) return {"cannot make a pipe to check '" + path + "'"};
   const auto child = ::fork();
-  if (child == 0) {
-    ::close(ends[0]);
-    std::string text;
-    for (const auto& problem : compare_here(path, manifest)) text += problem + "\n";
-    for (size_t sent = 0; sent < text.size();) {
-      const auto count = ::write(ends[1], text.data() + sent, text.size() - sent);
-      if (count <= 0) ::_exit(2);
-      sent += count;
-    }
-    ::_exit(0);
-  }
+  if (child == 0) compare_in_child(ends[1], path, manifest);
   ::close(ends[1]);
   std::string text;
   char buffer[4096];
-  for (ssize_t count; (count = ::read(ends[0], buffer, sizeof(buffer))) > 0;) {
-    text.append(buffer, count);
+  for (ssize_t count; (count = ::read(ends[0], buffer, sizeof(buffer))) != 0;) {
+    if (count > 0) text.append(buffer, count);
+    if (count < 0 && errno != EINTR) break;
   }
   ::close(ends[0]);
   int status = 0;
-  if (child < 0 || ::waitpid(child, &status, 0) < 0 || status != 0) {
+  pid_t ended = child;
+  while (child > 0 && (ended = ::waitpid(child, &status, 0)) < 0 && errno == EINTR) continue;
+  if (ended < 0 || status != 0) {
     text += "libhdf5 did not survive reading '" + path + "'\n";
   }
   std::vector<std::string> problems;

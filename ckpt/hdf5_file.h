@@ -19,8 +19,8 @@ namespace ounce::ckpt {
 void create_container(const std::string& path, Manifest& manifest);
 
 // Compares a container with the manifest through libhdf5: names, shapes, types, offsets; returns
-// what differs. Done in a child process, because a damaged file can crash libhdf5: a child that
-// dies is one of the problems returned.
+// what differs. Done in a child process, because a damaged file can crash libhdf5 or keep it busy:
+// a child that dies, or takes more than a minute, is one of the problems returned.
 std::vector<std::string> compare_container(const std::string& path, const Manifest& manifest);
 
 }  // namespace ounce::ckpt

@@ -27,7 +27,7 @@ NameMap parse_name_map(const std::vector<std::string>& rules) {
 
 std::string mapped(const std::string& name, const NameMap& map) {
   for (const auto& [from, to] : map) {
-    if (name.rfind(from, 0) == 0) return to + name.substr(from.size());
+    if (name.starts_with(from)) return to + name.substr(from.size());
   }
   return name;
 }
@@ -43,11 +43,12 @@ bool is_no_folder(FileSystem& files, const std::string& path) {
   return files.stat(path, info) == 0 && info.kind != FileKind::kDirectory;
 }
 
+// Sets source and rejected of the report.
 Weights read_weights(const std::string& path, const NameMap& map, const std::string& prefix,
-                     std::string& source) {
+                     WeightsReport& report) {
   const auto files = posix_file_system();
   Weights weights;
-  source = path;
+  report.source = path;
   if (is_no_folder(*files, path)) {
     // A link is what model caches are made of; the readers themselves follow none.
     std::error_code error;
@@ -61,13 +62,17 @@ Weights read_weights(const std::string& path, const NameMap& map, const std::str
     }
     return weights;
   }
-  source = resolve_step(*files, path);
-  const StepReader reader(files, source);
-  for (const auto& tensor : reader.manifest().tensors) {
-    if (tensor.name.rfind(prefix, 0) != 0) continue;
-    add(weights, tensor.name.substr(prefix.size()), map, read_tensor(reader, tensor));
-  }
-  OUNCE_CHECK(!weights.empty(), "[init-from] no tensor under '", prefix, "' in '", source, "'");
+  auto read = read_step(files, path, std::nullopt, [&](const StepReader& reader) {
+    weights.clear();
+    for (const auto& tensor : reader.manifest().tensors) {
+      if (!tensor.name.starts_with(prefix)) continue;
+      add(weights, tensor.name.substr(prefix.size()), map, read_tensor(reader, tensor));
+    }
+  });
+  report.source = read.info.path;
+  report.rejected = std::move(read.rejected);
+  OUNCE_CHECK(!weights.empty(), "[init-from] no tensor under '", prefix, "' in '", report.source,
+              "'");
   return weights;
 }
 
@@ -120,7 +125,7 @@ WeightsReport load_weights(const std::string& path, torch::nn::Module& module,
   return with_faults([&] {
     const torch::NoGradGuard guard;
     WeightsReport report;
-    const auto weights = read_weights(path, parse_name_map(name_rules), prefix, report.source);
+    const auto weights = read_weights(path, parse_name_map(name_rules), prefix, report);
     auto targets = targets_of(module);
     std::set<std::string> known;
     std::vector<std::pair<at::Tensor, at::Tensor>> copies;

@@ -17,6 +17,7 @@ struct WeightsReport {
   std::vector<std::string> missing;     // of the module, not stored
   std::vector<std::string> unexpected;  // stored, after mapping, not of the module
   std::vector<std::string> mismatched;  // "name (expected [..], got [..])"
+  std::vector<std::string> rejected;    // newer steps that were passed over, with the reason each
   bool good() const { return missing.empty() && unexpected.empty() && mismatched.empty(); }
   std::string summary() const;  // counts and names, on one line
 };
@@ -25,9 +26,10 @@ struct WeightsReport {
 // tensors under `prefix` are taken, without it; the rest (optimizer, cursors) is ignored. Shapes
 // must match; a floating dtype is converted to the parameter's, any other must match. Names under
 // which a module holds one tensor twice (tied weights) are one entry: any of them fills it. Every
-// byte of a checkpoint is verified before the first value is changed. With `strict`, anything
-// missing, unexpected or mismatched throws ounce::Error (kUsage) with the whole report and changes
-// nothing; otherwise what fits is loaded. Allocates the bytes of the weights on the host.
+// byte that is taken from a checkpoint is verified before the first value is changed; of a root, a
+// damaged step is passed over for the next older one, as load_checkpoint() does. With `strict`,
+// anything missing, unexpected or mismatched throws ounce::Error (kUsage) with the whole report and
+// changes nothing; otherwise what fits is loaded. Allocates the bytes of the weights on the host.
 //
 // `name_rules`, "from=to" each: a stored name that begins with `from` begins with `to` instead
 // (both may be empty). The first rule that matches a name is applied to it, once.

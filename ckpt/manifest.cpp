@@ -8,7 +8,6 @@
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
-#include <set>
 #include <utility>
 
 namespace ounce::ckpt {
@@ -121,13 +120,14 @@ const Json& member(const Json& json, const char* key) {
   return json[key];
 }
 
-int64_t integer_of(const Json& json, int64_t least = 0) {
+int64_t integer_of(const Json& json, int64_t least = 0, int64_t most = kMost) {
   require(json.is_number_integer() &&
               !(json.is_number_unsigned() && json.get<uint64_t>() > static_cast<uint64_t>(kMost)),
           "expected an integer of 64 bits, got " + dump(json).substr(0, 40));
   const auto value = json.get<int64_t>();
-  require(value >= least,
-          "expected at least " + std::to_string(least) + ", got " + std::to_string(value));
+  require(value >= least && value <= most, "expected " + std::to_string(least) + " to " +
+                                               std::to_string(most) + ", got " +
+                                               std::to_string(value));
   return value;
 }
 
@@ -230,7 +230,7 @@ void check_extents(const Manifest& manifest) {
                 found->second->shape == tensor.shape && found->second->dtype == tensor.dtype,
             "'" + tensor.name + "' is tied to nothing like it");
   }
-  for (size_t file = 0; file < manifest.files.size(); ++file) rest_of_file(manifest, file);
+  rest_of_files(manifest);  // which checks that they are apart
 }
 
 double metric_of(const Json& json) {
@@ -294,12 +294,13 @@ Manifest parse_manifest(std::string_view text) {
                            "; use the version that wrote it, or a later one");
   }
   manifest.uuid = text_of(member(json, "uuid"));
-  manifest.step = integer_of(member(json, "step"));
-  manifest.sequence = integer_of(member(json, "sequence"));
-  manifest.block_bytes = integer_of(member(json, "block_bytes"), 1);
+  manifest.step = integer_of(member(json, "step"), 0, kMostStep);
+  manifest.sequence = integer_of(member(json, "sequence"), 0, kMostStep);
   // A buffer of this size is allocated when the step is read.
-  require(manifest.block_bytes <= int64_t{1} << 30, "blocks larger than 1 GiB");
-  for (const auto& file : list_of(json, "files")) manifest.files.push_back(parse_file(file));
+  manifest.block_bytes = integer_of(member(json, "block_bytes"), 1, int64_t{1} << 30);
+  const auto& files = list_of(json, "files");
+  require(files.size() <= kMostFiles, "more than " + std::to_string(kMostFiles) + " files");
+  for (const auto& file : files) manifest.files.push_back(parse_file(file));
   for (const auto& scalar : list_of(json, "scalars")) {
     const auto name = text_of(member(scalar, "name"));
     require(
@@ -318,21 +319,25 @@ Manifest parse_manifest(std::string_view text) {
   return manifest;
 }
 
-std::vector<std::pair<int64_t, int64_t>> rest_of_file(const Manifest& manifest, int64_t file) {
+std::vector<ByteRanges> rest_of_files(const Manifest& manifest) {
   std::vector<const TensorRecord*> held;
   for (const auto& tensor : manifest.tensors) {
-    if (tensor.tied_to.empty() && tensor.bytes > 0 && tensor.file == file) held.push_back(&tensor);
+    if (tensor.tied_to.empty() && tensor.bytes > 0) held.push_back(&tensor);
   }
   std::sort(held.begin(), held.end(),
             [](const auto* a, const auto* b) { return a->offset < b->offset; });
-  std::vector<std::pair<int64_t, int64_t>> rest;
-  int64_t end = 0;
+  std::vector<ByteRanges> rest(manifest.files.size());
+  std::vector<int64_t> ends(manifest.files.size());
   for (const auto* tensor : held) {
+    auto& end = ends[tensor->file];
     require(tensor->offset >= end, "the extent of '" + tensor->name + "' overlaps another");
-    if (tensor->offset > end) rest.emplace_back(end, tensor->offset);
+    if (tensor->offset > end) rest[tensor->file].emplace_back(end, tensor->offset);
     end = tensor->offset + tensor->bytes;
   }
-  if (end < manifest.files[file].size) rest.emplace_back(end, manifest.files[file].size);
+  for (size_t i = 0; i < rest.size(); ++i) {
+    const auto size = manifest.files[i].size;
+    if (ends[i] < size) rest[i].emplace_back(ends[i], size);
+  }
   return rest;
 }
 

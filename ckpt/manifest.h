@@ -20,6 +20,7 @@ inline constexpr int64_t kBlockBytes = 4 << 20;  // of a tensor under one sum
 inline constexpr int64_t kPageBytes = 4096;      // alignment of every tensor in its file
 inline constexpr size_t kMostDimensions = 32;    // libhdf5's limit
 inline constexpr int64_t kMostManifestBytes = int64_t{256} << 20;
+inline constexpr size_t kMostFiles = 1 << 16;
 inline constexpr const char* kManifestName = "manifest.json";
 
 struct TensorRecord {
@@ -66,7 +67,9 @@ std::string manifest_text(const Manifest& manifest);
 // bounded by a multiple of text.size(). Throws StorageError (kDamaged, kNewerFormat).
 Manifest parse_manifest(std::string_view text);
 
-// Byte ranges [first, second) of a file that no tensor covers, in order.
-std::vector<std::pair<int64_t, int64_t>> rest_of_file(const Manifest& manifest, int64_t file);
+using ByteRanges = std::vector<std::pair<int64_t, int64_t>>;  // [first, second), in order
+
+// Of each file, the bytes that no tensor covers. Throws StorageError when tensors overlap.
+std::vector<ByteRanges> rest_of_files(const Manifest& manifest);
 
 }  // namespace ounce::ckpt

@@ -75,4 +75,11 @@ int64_t parse_step_name(std::string_view name) {
   return step_name(step) == name ? step : -1;
 }
 
+int64_t parse_replaced_name(std::string_view name) {
+  const std::string_view prefix = kReplacedPrefix;
+  if (!name.starts_with(prefix)) return -1;
+  name.remove_prefix(prefix.size());
+  return parse_step_name(name.substr(0, name.rfind('-')));
+}
+
 }  // namespace ounce::ckpt

@@ -11,6 +11,13 @@ namespace ounce::ckpt {
 
 inline constexpr size_t kMostNameBytes = 1024;
 inline constexpr const char* kReservedGroup = "_ckpt";
+// Of steps and sequences: what 18 digits can say.
+inline constexpr int64_t kMostStep = 999'999'999'999'999'999;
+
+// Prefixes of the folders of a root that are being written, removed and replaced.
+inline constexpr const char* kTemporaryPrefix = ".tmp-";
+inline constexpr const char* kTrashPrefix = ".trash-";
+inline constexpr const char* kReplacedPrefix = ".old-";
 
 bool is_utf8(std::string_view text);
 
@@ -24,5 +31,8 @@ int nesting_of(std::string_view json);
 // "step_0000001000" and back; -1 for any other name.
 std::string step_name(int64_t step);
 int64_t parse_step_name(std::string_view name);
+
+// The step that ".old-step_0000001000-<uuid>" was; -1 for any other name.
+int64_t parse_replaced_name(std::string_view name);
 
 }  // namespace ounce::ckpt

@@ -45,20 +45,20 @@ OpenFile open_checked(FileSystem& files, const std::string& folder, const Manife
 }
 
 void check_rest(FileSystem& files, const OpenFile& open, const std::string& folder,
-                const Manifest& manifest, int64_t index) {
-  const auto path = folder + "/" + manifest.files[index].name;
-  if (rest_sum(files, open, manifest, index, path) != manifest.files[index].rest_sum) {
+                const FileRecord& file, const ByteRanges& rest) {
+  const auto path = folder + "/" + file.name;
+  if (rest_sum(files, open, rest, path) != file.rest_sum) {
     damaged("the sum of the HDF5 structure of '" + path + "' does not match");
   }
 }
 
 }  // namespace
 
-std::string rest_sum(FileSystem& files, const OpenFile& open, const Manifest& manifest,
-                     int64_t index, const std::string& path) {
+std::string rest_sum(FileSystem& files, const OpenFile& open, const ByteRanges& rest,
+                     const std::string& path) {
   RunningSum sum;
   std::string buffer;
-  for (const auto& [begin, end] : rest_of_file(manifest, index)) {
+  for (const auto& [begin, end] : rest) {
     for (auto at = begin; at < end; at += static_cast<int64_t>(buffer.size())) {
       buffer.resize(std::min<int64_t>(end - at, 1 << 20));
       const int error = read_all(files, open.descriptor(), buffer.data(), buffer.size(), at);
@@ -75,9 +75,10 @@ StepReader::StepReader(std::shared_ptr<FileSystem> files, const std::string& fol
 StepReader::StepReader(std::shared_ptr<FileSystem> files, const std::string& folder,
                        Manifest manifest)
     : files_(std::move(files)), folder_(folder), manifest_(std::move(manifest)) {
+  const auto rests = rest_of_files(manifest_);
   for (size_t i = 0; i < manifest_.files.size(); ++i) {
     open_.push_back(open_checked(*files_, folder_, manifest_, i));
-    check_rest(*files_, open_.back(), folder_, manifest_, i);
+    check_rest(*files_, open_.back(), folder_, manifest_.files[i], rests[i]);
   }
   for (size_t i = 0; i < manifest_.tensors.size(); ++i) by_name_[manifest_.tensors[i].name] = i;
 }
@@ -120,18 +121,20 @@ VerifyReport verify_step(std::shared_ptr<FileSystem> files, const std::string& f
       action();
       return true;
     } catch (const StorageError& error) {
+      if (error.kind() == StorageError::Kind::kNewerFormat) throw;
       report.problems.push_back(error.what());
       return false;
     }
   };
   auto& manifest = report.manifest;
   if (!noting([&] { manifest = read_manifest(*files, folder); })) return report;
+  const auto rests = rest_of_files(manifest);
   // Block by block here, because one bad block must not hide the next.
   for (size_t index = 0; index < manifest.files.size(); ++index) {
     const auto path = folder + "/" + manifest.files[index].name;
     noting([&] {
       const auto open = open_checked(*files, folder, manifest, index);
-      noting([&] { check_rest(*files, open, folder, manifest, index); });
+      noting([&] { check_rest(*files, open, folder, manifest.files[index], rests[index]); });
       std::string buffer;
       for (const auto& tensor : manifest.tensors) {
         if (!tensor.tied_to.empty() || tensor.file != static_cast<int64_t>(index)) continue;

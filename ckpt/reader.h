@@ -20,6 +20,7 @@ class StepReader {
   // The same, with a manifest read before.
   StepReader(std::shared_ptr<FileSystem> files, const std::string& folder, Manifest manifest);
 
+  const std::string& folder() const { return folder_; }
   const Manifest& manifest() const { return manifest_; }
   const TensorRecord* find(const std::string& name) const;  // null when there is none
   // Where the bytes of a tied tensor are; any other tensor stands for itself.
@@ -40,9 +41,9 @@ class StepReader {
   std::map<std::string, size_t> by_name_;
 };
 
-// The sum of the bytes of file `index`, open here, that no tensor covers. Throws StorageError.
-std::string rest_sum(FileSystem& files, const OpenFile& open, const Manifest& manifest,
-                     int64_t index, const std::string& path);
+// The sum of the bytes of an open file that no tensor covers. Throws StorageError.
+std::string rest_sum(FileSystem& files, const OpenFile& open, const ByteRanges& rest,
+                     const std::string& path);
 
 struct VerifyReport {
   Manifest manifest;
@@ -52,7 +53,8 @@ struct VerifyReport {
 };
 
 // Reads everything and lists everything that is wrong, where loading stops at the first fault. With
-// `containers` libhdf5 reads the files as well, in a child process. Throws nothing on damage.
+// `containers` libhdf5 reads the files as well, in a child process. Throws nothing on damage, but
+// StorageError (kNewerFormat) for a step of a later version.
 VerifyReport verify_step(std::shared_ptr<FileSystem> files, const std::string& folder,
                          bool containers);
 

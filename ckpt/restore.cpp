@@ -3,7 +3,8 @@
 #include <ounce/ckpt/scan.h>
 #include <torch/torch.h>
 
-#include <algorithm>
+#include <map>
+#include <set>
 
 namespace ounce::ckpt {
 namespace {
@@ -11,12 +12,6 @@ namespace {
 // Up to this size a step is held on the host between verifying and copying; a larger one is
 // verified first and then read again, verified again.
 constexpr int64_t kMostStagedBytes = int64_t{4} << 30;
-
-std::string list_of(const std::vector<std::string>& items) {
-  std::string text;
-  for (const auto& item : items) text += (text.empty() ? "" : ", ") + item;
-  return text;
-}
 
 std::string shape_text(const std::vector<int64_t>& shape, const std::string& dtype) {
   return c10::str(dtype, "[", c10::Join(", ", shape), "]");
@@ -27,7 +22,7 @@ const char* kind_of(const Scalar& scalar) {
 }
 
 // Throws kUsage with everything that differs between what is stored and what is wanted.
-void check_matches(const StepReader& reader, const Snapshot& wanted, const std::string& folder) {
+void check_matches(const StepReader& reader, const Snapshot& wanted) {
   std::vector<std::string> missing, unexpected, wrong;
   std::set<std::string> names;
   const auto& manifest = reader.manifest();
@@ -61,14 +56,14 @@ void check_matches(const StepReader& reader, const Snapshot& wanted, const std::
   std::string text;
   const auto add = [&](const char* what, const std::vector<std::string>& items) {
     if (items.empty()) return;
-    text += (text.empty() ? "" : "; ") + std::to_string(items.size()) + " " + what + ": " +
-            list_of(items);
+    text +=
+        c10::str(text.empty() ? "" : "; ", items.size(), " ", what, ": ", c10::Join(", ", items));
   };
   add("missing in the checkpoint", missing);
   add("unexpected", unexpected);
   add("of another shape or type", wrong);
-  fail(Fault::kUsage, "[checkpoint] '", folder, "' is of another model or configuration: ", text,
-       "; nothing was loaded");
+  fail(Fault::kUsage, "[checkpoint] '", reader.folder(),
+       "' is of another model or configuration: ", text, "; nothing was loaded");
 }
 
 class Loader : public StateVisitor {
@@ -108,11 +103,9 @@ class Loader : public StateVisitor {
 
 // First every byte is verified, then the first value is changed. Throws StorageError on damage and
 // ounce::Error on a mismatch, both with nothing changed.
-void load_step(std::shared_ptr<FileSystem> files, const std::string& folder, Manifest manifest,
-               const Objects& objects) {
+void load_step(const StepReader& reader, const Objects& objects) {
   const torch::NoGradGuard guard;
-  const StepReader reader(std::move(files), folder, std::move(manifest));
-  check_matches(reader, Snapshot(objects), folder);
+  check_matches(reader, Snapshot(objects));
   int64_t total = 0;
   for (const auto& tensor : reader.manifest().tensors) total += reader.holder(tensor).bytes;
   std::map<std::string, at::Tensor> staged;
@@ -135,7 +128,7 @@ void load_step(std::shared_ptr<FileSystem> files, const std::string& folder, Man
   fail(
       rejected.empty() ? Fault::kNotFound : Fault::kData,
       rejected.empty() ? "[checkpoint] no checkpoint in '" : "[checkpoint] no good checkpoint in '",
-      root, "'", rejected.empty() ? "" : "; rejected: ", list_of(rejected));
+      root, "'", rejected.empty() ? "" : "; rejected: ", c10::Join(", ", rejected));
 }
 
 Scan scan_existing(FileSystem& files, const std::string& root) {
@@ -144,6 +137,28 @@ Scan scan_existing(FileSystem& files, const std::string& root) {
   } catch (const StorageError& error) {
     if (error.kind() != StorageError::Kind::kMissing) throw;
     none_good(root, {});
+  }
+}
+
+// Why the steps of a scan whose manifest does not hold, or only `step`, cannot be read. Throws for
+// a later version's: nobody here can tell how new it is, and going back behind it would lose work,
+// so the user decides.
+std::vector<std::string> rejected_in(const Scan& scan, std::optional<int64_t> step = std::nullopt) {
+  std::vector<std::string> rejected;
+  for (const auto& bad : scan.bad) {
+    if (step && bad.step != *step) continue;
+    if (bad.newer_format) fail(Fault::kNewerFormat, bad.problem);
+    rejected.push_back(bad.problem);
+  }
+  return rejected;
+}
+
+// Whether a step of a scan is still what it was then.
+bool stands(FileSystem& files, const StepEntry& entry) {
+  try {
+    return read_manifest(files, entry.path).uuid == entry.manifest.uuid;
+  } catch (const StorageError&) {
+    return false;
   }
 }
 
@@ -182,23 +197,51 @@ std::string resolve_step(FileSystem& files, const std::string& path, std::option
     const auto root = root_of(files, path);
     if (is_step_folder(files, root)) return root;
     const auto scan = scan_existing(files, root);
-    std::vector<std::string> there;
+    const auto rejected = rejected_in(scan, step);
+    std::vector<int64_t> there;
     for (const auto& entry : scan.steps) {
-      if (!step || entry.manifest.step == *step) return entry.path;
-      there.push_back(std::to_string(entry.manifest.step));
-    }
-    std::vector<std::string> rejected;
-    for (const auto& bad : scan.bad) {
-      if (step && bad.step != *step) continue;
-      if (bad.newer_format) fail(Fault::kNewerFormat, bad.problem);
-      rejected.push_back(bad.problem);
+      there.push_back(entry.manifest.step);
+      if (step && there.back() != *step) continue;
+      for (const auto& reason : rejected) TORCH_WARN("passed over: ", reason);
+      return entry.path;
     }
     if (step && rejected.empty()) {
       fail(Fault::kNotFound, "[checkpoint] no step ", *step, " in '", root,
-           "'; there: ", there.empty() ? "none" : list_of(there));
+           "'; there: ", there.empty() ? "none" : c10::str(c10::Join(", ", there)));
     }
     none_good(root, rejected);
   });
+}
+
+LoadReport read_step(std::shared_ptr<FileSystem> files, const std::string& path,
+                     std::optional<int64_t> step,
+                     const std::function<void(const StepReader&)>& use) {
+  const auto read = [&](const std::string& folder, const Manifest& manifest) {
+    use(StepReader(files, folder, manifest));
+    return info_of(manifest, folder);
+  };
+  const auto root = root_of(*files, path);
+  if (step || is_step_folder(*files, root)) {
+    const auto folder = resolve_step(*files, root, step);
+    return {read(folder, read_manifest(*files, folder)), {}};
+  }
+  for (bool again = false;; again = true) {
+    const auto scan = scan_existing(*files, root);
+    auto rejected = rejected_in(scan);
+    bool changed = false;
+    for (const auto& entry : scan.steps) {
+      try {
+        auto info = read(entry.path, entry.manifest);
+        return {std::move(info), std::move(rejected)};
+      } catch (const StorageError& error) {
+        // A writer replaced or removed it meanwhile: then there is a newer one.
+        changed = !again && !stands(*files, entry);
+        if (changed) break;
+        rejected.push_back(error.what());
+      }
+    }
+    if (!changed) none_good(root, rejected);
+  }
 }
 
 std::vector<CheckpointInfo> list_checkpoints(const std::string& root,
@@ -206,11 +249,10 @@ std::vector<CheckpointInfo> list_checkpoints(const std::string& root,
   return with_faults([&] {
     auto files = posix_file_system();
     const auto scan = scan_existing(*files, root_of(*files, root));
+    const auto rejected = rejected_in(scan);
+    if (problems != nullptr) problems->insert(problems->end(), rejected.begin(), rejected.end());
     std::vector<CheckpointInfo> list;
     for (const auto& entry : scan.steps) list.push_back(info_of(entry.manifest, entry.path));
-    for (const auto& bad : scan.bad) {
-      if (problems != nullptr) problems->push_back(bad.problem);
-    }
     return list;
   });
 }
@@ -223,33 +265,8 @@ LoadReport load_checkpoint(const std::string& path, std::optional<int64_t> step,
 LoadReport load_checkpoint(const std::string& path, std::optional<int64_t> step,
                            const Objects& objects, std::shared_ptr<FileSystem> files) {
   return with_faults([&] {
-    const auto root = root_of(*files, path);
-    if (step || is_step_folder(*files, root)) {
-      const auto folder = resolve_step(*files, root, step);
-      auto manifest = read_manifest(*files, folder);
-      const auto info = info_of(manifest, folder);
-      load_step(files, folder, std::move(manifest), objects);
-      return LoadReport{info, {}};
-    }
-    LoadReport report;
-    const auto scan = scan_existing(*files, root);
-    for (const auto& bad : scan.bad) {
-      // Going back behind a later version's step would lose work: the user decides.
-      if (bad.newer_format) fail(Fault::kNewerFormat, bad.problem);
-      report.rejected.push_back(bad.problem);
-    }
-    for (const auto& entry : scan.steps) {
-      try {
-        load_step(files, entry.path, entry.manifest, objects);
-      } catch (const StorageError& error) {
-        report.rejected.push_back(error.what());
-        continue;
-      }
-      report.info = info_of(entry.manifest, entry.path);
-      for (const auto& reason : report.rejected) TORCH_WARN("passed over: ", reason);
-      return report;
-    }
-    none_good(root, report.rejected);
+    return read_step(std::move(files), path, step,
+                     [&](const StepReader& reader) { load_step(reader, objects); });
   });
 }
 

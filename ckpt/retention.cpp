@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 #include <errno.h>
-#include <ounce/ckpt/commit.h>
 #include <ounce/ckpt/retention.h>
 
 #include <cmath>

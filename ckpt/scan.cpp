@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <errno.h>
 #include <ounce/ckpt/scan.h>
 #include <ounce/ckpt/storage_error.h>
 
@@ -17,6 +18,43 @@ bool is_folder(FileSystem& files, const std::string& path) {
   return files.stat(path, info) == 0 && info.kind == FileKind::kDirectory;
 }
 
+Scan scan_once(FileSystem& files, const std::string& root, bool& vanished) {
+  std::vector<std::string> names;
+  if (const int error = files.list(root, names); error != 0) throw_io("list", root, error);
+  Scan scan;
+  for (const auto& name : names) {
+    auto step = parse_step_name(name);
+    if (step < 0) {
+      // Its writer is, or died, between the two renames of a replacement.
+      step = parse_replaced_name(name);
+      if (step < 0 || std::binary_search(names.begin(), names.end(), step_name(step))) continue;
+    }
+    const auto path = root + "/" + name;
+    FileInfo info;
+    try {
+      if (files.stat(path, info) == 0 && info.kind != FileKind::kDirectory) {
+        scan.bad.push_back({path, step, "[checkpoint] '" + path + "' is no folder", false});
+      } else {
+        scan.steps.push_back({path, read_manifest(files, path)});
+      }
+    } catch (const StorageError& error) {
+      if (error.kind() == StorageError::Kind::kMissing && files.stat(path, info) == ENOENT) {
+        vanished = true;
+        continue;
+      }
+      scan.bad.push_back(
+          {path, step, error.what(), error.kind() == StorageError::Kind::kNewerFormat});
+    }
+  }
+  std::stable_sort(scan.steps.begin(), scan.steps.end(), [](const auto& a, const auto& b) {
+    return std::pair(a.manifest.sequence, a.manifest.step) >
+           std::pair(b.manifest.sequence, b.manifest.step);
+  });
+  std::stable_sort(scan.bad.begin(), scan.bad.end(),
+                   [](const auto& a, const auto& b) { return a.step > b.step; });
+  return scan;
+}
+
 }  // namespace
 
 Manifest read_manifest(FileSystem& files, const std::string& folder) {
@@ -30,7 +68,8 @@ Manifest read_manifest(FileSystem& files, const std::string& folder) {
     throw StorageError(error.kind(), text + " ('" + path + "')");
   }
   const auto name = last_component(folder);
-  if (parse_step_name(name) >= 0 && name != step_name(manifest.step)) {
+  const auto named = std::max(parse_step_name(name), parse_replaced_name(name));
+  if (named >= 0 && named != manifest.step) {
     throw StorageError(StorageError::Kind::kDamaged,
                        "[checkpoint] '" + folder + "' holds step " + std::to_string(manifest.step));
   }
@@ -38,32 +77,10 @@ Manifest read_manifest(FileSystem& files, const std::string& folder) {
 }
 
 Scan scan_root(FileSystem& files, const std::string& root) {
-  std::vector<std::string> names;
-  if (const int error = files.list(root, names); error != 0) throw_io("list", root, error);
-  Scan scan;
-  for (const auto& name : names) {
-    const auto step = parse_step_name(name);
-    if (step < 0) continue;
-    const auto path = root + "/" + name;
-    if (!is_folder(files, path)) {
-      scan.bad.push_back({path, step, "'" + path + "' is no folder", false});
-      continue;
-    }
-    try {
-      scan.steps.push_back({path, read_manifest(files, path)});
-    } catch (const StorageError& error) {
-      // A folder that retention has just taken away is no fault.
-      if (error.kind() == StorageError::Kind::kMissing && !is_folder(files, path)) continue;
-      scan.bad.push_back(
-          {path, step, error.what(), error.kind() == StorageError::Kind::kNewerFormat});
-    }
-  }
-  std::stable_sort(scan.steps.begin(), scan.steps.end(), [](const auto& a, const auto& b) {
-    return std::pair(a.manifest.sequence, a.manifest.step) >
-           std::pair(b.manifest.sequence, b.manifest.step);
-  });
-  std::stable_sort(scan.bad.begin(), scan.bad.end(),
-                   [](const auto& a, const auto& b) { return a.step > b.step; });
+  bool vanished = false;
+  auto scan = scan_once(files, root, vanished);
+  // Retention has just taken a step away, so a newer one than those listed is there.
+  if (vanished) scan = scan_once(files, root, vanished);
   return scan;
 }
 

@@ -31,7 +31,8 @@ struct Scan {
 // The manifest of a step folder. The folder must be called after its step. Throws StorageError.
 Manifest read_manifest(FileSystem& files, const std::string& folder);
 
-// Throws StorageError when the root cannot be listed (kMissing: it is not there).
+// Reads only: a step that a dead writer left under its `.old-` name is listed as it lies. Throws
+// StorageError when the root cannot be listed (kMissing: it is not there).
 Scan scan_root(FileSystem& files, const std::string& root);
 
 // A run folder stands for its ckpt/ folder; other paths stand for themselves, without slashes at

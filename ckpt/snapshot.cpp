@@ -77,10 +77,10 @@ class Snapshot::Collector : public StateVisitor {
     if (cls == StateClass::kHost) {
       held = held.to(at::kCPU, held.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
     } else if (value.numel() > 0) {
-      const auto [first, is_new] =
-          seen_.emplace(std::make_tuple(value.const_data_ptr(), value.sizes().vec(),
-                                        value.strides().vec(), dtype),
-                        full);
+      const auto [first, is_new] = seen_.emplace(
+          std::make_tuple(value.const_data_ptr(), value.sizes().vec(), value.strides().vec(), dtype,
+                          value.is_conj(), value.is_neg()),
+          full);
       if (!is_new) record.tied_to = first->second;
     }
     snapshot_.records_.push_back(std::move(record));
@@ -106,7 +106,8 @@ class Snapshot::Collector : public StateVisitor {
     snapshot_.scalars_.emplace(new_name(name), std::move(value));
   }
 
-  using Memory = std::tuple<const void*, std::vector<int64_t>, std::vector<int64_t>, std::string>;
+  using Memory = std::tuple<const void*, std::vector<int64_t>, std::vector<int64_t>, std::string,
+                            bool, bool>;  // the views that resolve_conj and resolve_neg make real
   Snapshot& snapshot_;
   std::set<std::string> names_;
   std::map<Memory, std::string> seen_;

@@ -19,11 +19,14 @@ class StorageError : public std::runtime_error {
     kUsage,        // the caller asked for something that cannot be
   };
 
-  StorageError(Kind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
+  StorageError(Kind kind, const std::string& message, int code = 0)
+      : std::runtime_error(message), kind_(kind), code_(code) {}
   Kind kind() const { return kind_; }
+  int code() const { return code_; }  // errno of the call that failed; 0 = none known
 
  private:
   Kind kind_;
+  int code_;
 };
 
 }  // namespace ounce::ckpt

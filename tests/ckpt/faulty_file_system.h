@@ -7,8 +7,10 @@
 #include <errno.h>
 #include <ounce/ckpt/file_system.h>
 
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace ounce::ckpt {
@@ -23,7 +25,8 @@ class FaultyFileSystem : public FileSystem {
   bool no_allocate = false;      // allocate() is not supported
   bool no_exchange = false;      // nor is exchange()
   int64_t calls = 0;
-  std::string failed;  // the kind of the call that failed
+  std::string failed;             // the kind of the call that failed
+  std::function<void()> instead;  // runs once before the call that would fail, which then does not
 
   int open(const std::string& path, Mode mode, int& descriptor) override {
     if (fails("open")) return error;
@@ -89,7 +92,10 @@ class FaultyFileSystem : public FileSystem {
     const auto call = calls++;
     if (fail_at < 0 || call < fail_at || (call > fail_at && !persistent)) return false;
     if (failed.empty()) failed = kind;
-    return true;
+    if (!instead) return true;
+    std::exchange(instead, nullptr)();
+    fail_at = -1;
+    return false;
   }
   bool interrupted() { return short_transfers && (++transfers_ % 2 == 0); }
   size_t part(size_t size) const { return short_transfers ? (size + 2) / 3 : size; }

@@ -3,10 +3,13 @@
 #pragma once
 
 #include <ounce/ckpt/checkpointer.h>
+#include <ounce/ckpt/sums.h>
 #include <torch/torch.h>
 #include <unistd.h>
 
 #include <filesystem>
+#include <fstream>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,6 +35,25 @@ class TemporaryFolder {
  private:
   std::string path_;
 };
+
+inline void write_bytes(const std::string& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
+}
+
+inline std::string bytes_of(const std::string& path) {
+  std::ostringstream text;
+  text << std::ifstream(path, std::ios::binary).rdbuf();
+  return text.str();
+}
+
+// A manifest with the right sum for whatever it says.
+inline std::string signed_text(const std::string& body) {
+  const std::string start = "{\"self_xxh3\":\"";
+  auto text = start + std::string(32, '0') + "\"," + body;
+  RunningSum sum;
+  sum.add(text.data(), text.size());
+  return text.replace(start.size(), 32, sum.digits());
+}
 
 struct NamedTensor {
   std::string name;

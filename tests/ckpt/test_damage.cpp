@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: MIT
 // Damaged and hostile files: nothing is loaded from them, nothing crashes.
 #include "ckpt/sample_state.h"
+#include "support/expect_error.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <ounce/ckpt/reader.h>
-#include <ounce/ckpt/storage_error.h>
-#include <ounce/ckpt/sums.h>
-#include <ounce/core/check.h>
+#include <ounce/ckpt/hdf5_file.h>
+#include <ounce/ckpt/restore.h>
+#include <ounce/ckpt/scan.h>
 
-#include <fstream>
 #include <iostream>
 #include <random>
-#include <sstream>
 
 namespace ounce::ckpt {
 namespace {
@@ -20,29 +18,12 @@ namespace {
 namespace fs = std::filesystem;
 using ::testing::HasSubstr;
 
-std::string bytes_of(const std::string& path) {
-  std::ostringstream text;
-  text << std::ifstream(path, std::ios::binary).rdbuf();
-  return text.str();
-}
-
-void write_bytes(const std::string& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
-}
-
-// A manifest with the right sum for whatever it says.
-std::string signed_text(std::string body) {
-  const std::string start = "{\"self_xxh3\":\"";
-  auto text = start + std::string(32, '0') + "\"," + body;
-  RunningSum sum;
-  sum.add(text.data(), text.size());
-  return text.replace(start.size(), 32, sum.digits());
-}
-
 std::string manifest_with(const std::string& tensors, const std::string& format = "1",
-                          const std::string& file = "rank00000.h5") {
-  return signed_text("\"format\":" + format +
-                     ",\"uuid\":\"u\",\"step\":1,\"sequence\":0,\"block_bytes\":4194304,"
+                          const std::string& file = "rank00000.h5", const std::string& step = "1",
+                          const std::string& sequence = "0") {
+  return signed_text("\"format\":" + format + ",\"uuid\":\"u\",\"step\":" + step +
+                     ",\"sequence\":" + sequence +
+                     ",\"block_bytes\":4194304,"
                      "\"metrics\":{},\"notes\":{},\"scalars\":[],\"files\":[{\"name\":\"" +
                      file + "\",\"size\":100000,\"rest_xxh3\":\"\"}],\"tensors\":" + tensors + "}");
 }
@@ -98,6 +79,9 @@ TEST(Manifest, RefusesWhatItCannotTrust) {
                     tensor_with("a", "[10]", "8192", "40") + "]"),
       manifest_with("[" + tensor_with("a", "[10]", "4096", "40") + "," +
                     tensor_with("b", "[10]", "4100", "40") + "]"),
+      manifest_with("[]", "1", "x", "1000000000000000000"),
+      manifest_with("[]", "1", "x", "1", "1000000000000000000"),
+      manifest_with("[]", "1", "x", "1", "9223372036854775807"),
       manifest_with("[]", "1", "../x"),
       manifest_with("[]", "1", ""),
       manifest_with("[]", "1", ".x"),
@@ -135,10 +119,12 @@ TEST(Manifest, NamesStepsBothWays) {
   for (const int64_t step :
        {int64_t{0}, int64_t{7}, int64_t{9999999999}, int64_t{123456789012345}}) {
     EXPECT_EQ(parse_step_name(step_name(step)), step);
+    EXPECT_EQ(parse_replaced_name(".old-" + step_name(step) + "-ab"), step);
   }
   for (const auto* name : {"step_", "step_1", "step_000000000a", "step_00000000010", "x",
                            "step_99999999999999999999999", ".tmp-step_0000000001-ab"}) {
     EXPECT_EQ(parse_step_name(name), -1) << name;
+    EXPECT_EQ(parse_replaced_name(name), -1) << name;
   }
 }
 
@@ -247,15 +233,56 @@ TEST_F(Damage, VerifyNamesTensorAndBytes) {
 TEST_F(Damage, ANewerFormatIsNotPassedOver) {
   write_bytes(paths_[1] + "/manifest.json", manifest_with("[]", "2"));
   auto loaded = small_state(9, 20000);
+  const std::string text = "got format 2";
+  const auto files = posix_file_system();
   for (const auto& path : {folder_.path(), paths_[1]}) {
-    try {
-      load_checkpoint(path, std::nullopt, {{"s", &loaded}});
-      FAIL() << "expected an error";
-    } catch (const Error& error) {
-      EXPECT_EQ(error.fault(), Fault::kNewerFormat);
-      EXPECT_THAT(error.what_without_backtrace(), HasSubstr("got format 2"));
-    }
+    EXPECT_OUNCE_ERROR(load_checkpoint(path, std::nullopt, {{"s", &loaded}}), kNewerFormat, text);
   }
+  EXPECT_OUNCE_ERROR(resolve_step(*files, folder_.path()), kNewerFormat, text);
+  EXPECT_OUNCE_ERROR(list_checkpoints(folder_.path()), kNewerFormat, text);
+  EXPECT_OUNCE_ERROR(with_faults([&] { verify_step(files, paths_[1], false); }), kNewerFormat,
+                     text);
+  // Whoever asks for an older one by its number has decided.
+  EXPECT_EQ(load_checkpoint(folder_.path(), 1, {{"s", &loaded}}).info.step, 1);
+}
+
+TEST_F(Damage, AManifestOfMoreFilesThanRanksIsRefused) {
+  std::string list;
+  for (size_t i = 0; i <= kMostFiles; ++i) {
+    list += R"({"name":"f","size":0,"rest_xxh3":""},)";
+  }
+  list.back() = ']';
+  const auto text = bytes_of(paths_[1] + "/manifest.json");
+  const auto start = text.find("\"format\""), files = text.find('[', text.find("\"files\""));
+  const auto hostile = signed_text(text.substr(start, files + 1 - start) + list +
+                                   text.substr(text.find(']', files) + 1));
+  EXPECT_EQ(kind_of(hostile), StorageError::Kind::kDamaged);
+}
+
+TEST_F(Damage, TheContainerIsComparedWithTheManifest) {
+  const auto path = paths_[1] + "/rank00000.h5";
+  const auto files = posix_file_system();
+  const auto manifest = read_manifest(*files, paths_[1]);
+  EXPECT_TRUE(compare_container(path, manifest).empty());
+  const auto problem_of = [&](const auto& change) {
+    auto changed = manifest;
+    change(changed.tensors[0]);
+    const auto problems = compare_container(path, changed);
+    return problems.size() == 1 ? problems[0] : std::to_string(problems.size()) + " problems";
+  };
+  EXPECT_EQ(problem_of([](auto& tensor) { tensor.dtype = "int32"; }),
+            "libhdf5 finds another type of 's/w'");
+  EXPECT_EQ(problem_of([](auto& tensor) {
+              tensor.shape = {2, 10000};
+            }),
+            "libhdf5 finds another shape of 's/w'");
+  EXPECT_EQ(problem_of([](auto& tensor) { tensor.offset += 4096; }),
+            "libhdf5 finds 's/w' at another offset");
+  EXPECT_THAT(problem_of([](auto& tensor) { tensor.name = "s/v"; }), HasSubstr("no dataset 's/v'"));
+  write_bytes(path, "garbage");
+  const auto problems = compare_container(path, manifest);
+  ASSERT_EQ(problems.size(), 1u);
+  EXPECT_THAT(problems[0], HasSubstr("cannot open"));
 }
 
 TEST_F(Damage, ADamagedContainerDoesNotReachUsThroughLibhdf5) {

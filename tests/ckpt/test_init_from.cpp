@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 #include "ckpt/sample_state.h"
+#include "support/expect_error.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <ounce/ckpt/init_from.h>
+#include <ounce/ckpt/restore.h>
 #include <ounce/ckpt/safetensors.h>
 #include <ounce/ckpt/storage_error.h>
 #include <ounce/core/check.h>
@@ -14,10 +16,6 @@ namespace ounce::ckpt {
 namespace {
 
 using ::testing::HasSubstr;
-
-void write_bytes(const std::string& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
-}
 
 void write_safetensors(const std::string& path, const std::string& header,
                        const std::string& data) {
@@ -73,6 +71,30 @@ TEST(InitFrom, ReadsTheWeightsOfACheckpointOnly) {
   EXPECT_TRUE(load_weights(folder.path(), module).good());
   EXPECT_TRUE(same_bits(module.a.detach(), a));
   EXPECT_EQ(module.count.item<int64_t>(), 7);
+}
+
+TEST(InitFrom, PassesOverDamagedStepsAndStopsAtALaterVersions) {
+  const TemporaryFolder folder;
+  Checkpointer writer({.root = folder.path(), .keep_last = 0});
+  std::vector<std::string> paths;
+  for (const int64_t step : {1, 2, 3}) {
+    SampleState state;
+    state.tensors = {{"model/a", at::full({2, 3}, static_cast<float>(step))},
+                     {"model/b", at::zeros({2}, at::kBFloat16)},
+                     {"model/count", at::full({}, step, at::kLong)}};
+    paths.push_back(writer.save(step, {{"", &state}}).info.path);
+  }
+  std::filesystem::resize_file(paths[2] + "/rank00000.h5", 5000);
+  write_bytes(paths[1] + "/manifest.json", "{}");
+  Pair module;
+  const auto report = load_weights(folder.path(), module);
+  EXPECT_EQ(report.source, paths[0]);
+  EXPECT_EQ(report.rejected.size(), 2u);
+  EXPECT_EQ(module.count.item<int64_t>(), 1);
+  EXPECT_OUNCE_ERROR(load_weights(paths[2], module), kData, "rank00000.h5");
+  EXPECT_EQ(resolve_step(*posix_file_system(), folder.path()), paths[2]) << "its manifest is whole";
+  write_bytes(paths[1] + "/manifest.json", signed_text("\"format\":2}"));
+  EXPECT_OUNCE_ERROR(load_weights(folder.path(), module), kNewerFormat, "got format 2");
 }
 
 TEST(InitFrom, ReportsEverythingThatDoesNotFit) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// kill -9 of a writer that only saves, steered over every phase of a save. After each kill what is
-// committed verifies and holds exactly its step's content, the newest announced step is there, and
-// the next writer goes on from it.
+// kill -9 of a writer that only saves: where each phase of a save begins, and at random times.
+// After each kill what is committed verifies and holds exactly its step's content, the newest
+// announced step is there, and the next writer goes on from it.
 #include "ckpt/sample_state.h"
 
 #include <gtest/gtest.h>
@@ -12,6 +12,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <iostream>
@@ -24,12 +25,16 @@ constexpr const char* kPhases[] = {"create", "data", "sync", "manifest", "publis
 constexpr int kPhaseCount = 6;
 constexpr int kElsewhere = kPhaseCount;  // opening, making the next state
 constexpr int kKills = 60;
-constexpr int kLeastPerPhase = 5;
+constexpr int kStopsPerPhase = 5;
+constexpr int kNowhere = -1;
 constexpr int64_t kElements = 500'000;
 
 // What the writer tells while it lives; the page outlives it.
 struct Progress {
   std::atomic<int> phase{kElsewhere};
+  std::atomic<int> stop_in{kNowhere};  // the phase in which the writer waits for its end
+  std::atomic<int64_t> stop_save{0};   // in this save or a later one
+  std::atomic<bool> stopped{false};
   std::atomic<int64_t> saves{0};       // begun by this writer
   std::atomic<int64_t> announced{-1};  // newest step whose save returned
 };
@@ -60,6 +65,12 @@ int64_t newest_step(const std::string& root) {
   try {
     Checkpointer writer({.root = root, .keep_last = 2, .on_phase = [&](const char* phase) {
                            progress.phase = phase_index(phase);
+                           if (progress.phase != progress.stop_in ||
+                               progress.saves < progress.stop_save) {
+                             return;
+                           }
+                           progress.stopped = true;
+                           for (;;) ::pause();
                          }});
     for (int64_t step = newest_step(root) + 1;; ++step) {
       auto state = small_state(step, kElements);
@@ -73,20 +84,23 @@ int64_t newest_step(const std::string& root) {
   ::_exit(1);
 }
 
-// Starts a writer and kills it in (or soon after) phase `target` of one of its first saves. Returns
-// the phase it died in.
+// Starts a writer and kills it in phase `target` of one of its first saves, or at any time after
+// that save has begun. Returns the phase it died in.
 int kill_in(int target, const std::string& root, Progress& progress, std::mt19937_64& random) {
   progress.phase = kElsewhere;
+  progress.stop_in = target;
+  progress.stop_save = 1 + static_cast<int64_t>(random() % 3);
+  progress.stopped = false;
   progress.saves = 0;
   const auto child = ::fork();
   if (child == 0) write_forever(root, progress);
-  const int64_t save = 1 + static_cast<int64_t>(random() % 3);
   int status = 0;
-  while (progress.saves < save || progress.phase != target) {
+  while (target == kNowhere ? progress.saves < progress.stop_save : !progress.stopped) {
     if (::waitpid(child, &status, WNOHANG) == child) return -1;
     ::usleep(20);
   }
-  ::usleep(random() % (uint64_t{64} << random() % 8));  // up to 64 us, ..., up to 8 ms
+  // Up to 64 us, ..., up to 131 ms: saves take about as long.
+  if (target == kNowhere) ::usleep(random() % (uint64_t{64} << random() % 12));
   ::kill(child, SIGKILL);
   ::waitpid(child, &status, 0);
   return WIFSIGNALED(status) ? progress.phase.load() : -1;
@@ -114,10 +128,9 @@ TEST(Kill, CommittedStepsSurviveAndTheNextWriterGoesOn) {
   auto& progress = *new (page) Progress;
   std::mt19937_64 random(20260101);
   int died_in[kPhaseCount + 1] = {};
-  const auto rarest = [&] { return std::min_element(died_in, died_in + kPhaseCount) - died_in; };
   int kills = 0;
-  for (; kills < kKills || (died_in[rarest()] < kLeastPerPhase && kills < 2 * kKills); ++kills) {
-    const int target = static_cast<int>(kills < kKills / 2 ? kills % kPhaseCount : rarest());
+  for (; kills < kKills; ++kills) {
+    const int target = kills < kStopsPerPhase * kPhaseCount ? kills % kPhaseCount : kNowhere;
     const int phase = kill_in(target, folder.path(), progress, random);
     ASSERT_GE(phase, 0) << "the writer ended by itself";
     ++died_in[phase];
@@ -128,7 +141,7 @@ TEST(Kill, CommittedStepsSurviveAndTheNextWriterGoesOn) {
   for (int i = 0; i < kPhaseCount; ++i) std::cout << " " << kPhases[i] << " " << died_in[i];
   std::cout << " elsewhere " << died_in[kElsewhere] << "; newest step "
             << newest_step(folder.path()) << "\n";
-  EXPECT_GE(died_in[rarest()], kLeastPerPhase);
+  EXPECT_GE(*std::min_element(died_in, died_in + kPhaseCount), kStopsPerPhase);
   EXPECT_GE(newest_step(folder.path()), kills / 4) << "the writers went on";
   ::munmap(page, sizeof(Progress));
 }

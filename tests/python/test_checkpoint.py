@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: MIT
 """A checkpoint is an HDF5 file that h5py reads: names, shapes, dtypes, values, attributes.
 
-OUNCE_GOLDEN names the folder of the golden checkpoint (default: the one in tests/ckpt/golden).
+Checked on the golden checkpoint of tests/ckpt/golden and on the same one written anew, by the program
+that OUNCE_TEST_CKPT names.
 """
 import json
 import os
 import pathlib
 import struct
+import subprocess
+import tempfile
 import unittest
 
 import h5py
 import numpy as np
 
-DEFAULT = pathlib.Path(__file__).resolve().parents[1] / "ckpt" / "golden" / "format1"
-
-
-def find_step(folder):
-    steps = sorted(folder.glob("step_*")) or [folder]
-    return steps[-1]
+GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "ckpt" / "golden" / "format1"
 
 
 def values(shape, dtype):
@@ -35,12 +33,14 @@ def values(shape, dtype):
     return value.astype(dtype).reshape(shape)
 
 
-class Checkpoint(unittest.TestCase):
+class Checks:
+    root = GOLDEN
+
     def setUp(self):
-        self.step = find_step(pathlib.Path(os.environ.get("OUNCE_GOLDEN", DEFAULT)))
-        self.file = h5py.File(self.step / "rank00000.h5", "r", locking=False)
+        step = self.root / "step_0000000007"
+        self.file = h5py.File(step / "rank00000.h5", "r", locking=False)
         self.addCleanup(self.file.close)
-        self.manifest = json.loads((self.step / "manifest.json").read_text("utf-8"))
+        self.manifest = json.loads((step / "manifest.json").read_text("utf-8"))
 
     def test_names_and_shapes_are_those_of_the_manifest(self):
         found = {}
@@ -102,6 +102,21 @@ class Checkpoint(unittest.TestCase):
                 offset = self.file[tensor["name"]].id.get_offset()
                 self.assertEqual(offset, tensor["offset"], tensor["name"])
                 self.assertEqual(offset % 4096, 0)
+
+
+class Golden(Checks, unittest.TestCase):
+    pass
+
+
+class WrittenAnew(Checks, unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.root = pathlib.Path(folder.name)
+        # A process of its own: its libhdf5 is not the one of h5py.
+        subprocess.run([os.environ["OUNCE_TEST_CKPT"], "--gtest_filter=Golden.*"], check=True,
+                       env={**os.environ, "OUNCE_WRITE_GOLDEN": folder.name})
 
 
 if __name__ == "__main__":
