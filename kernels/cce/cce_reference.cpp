@@ -78,25 +78,25 @@ class Classifier {
   }
   // dlogits weight
   Tensor hidden_gradient(const Tensor& dlogits_rv) const {
-    auto out = at::zeros({dlogits_rv.size(0), weight_.size(1)}, dlogits_rv.options());
+    Tensor sum;
     each_slab([&](int64_t from, const Tensor& slab) {
-      add_product(out, dlogits_rv.narrow(1, from, slab.size(0)).to(operand_), slab);
+      const auto d = dlogits_rv.narrow(1, from, slab.size(0)).to(operand_);
+      const auto part = operand_ == compute_ ? at::mm(d, slab) : at::mm(d, slab, compute_);
+      sum = sum.defined() ? sum.add_(part) : part;
     });
-    return out;
+    return sum;
   }
   // sum += dlogits^T x
   void add_weight_gradient(Tensor& sum_vd, const Tensor& dlogits_rv, const Tensor& x_rd) const {
-    add_product(sum_vd, dlogits_rv.to(operand_).t(), x_rd);
+    const auto d = dlogits_rv.to(operand_).t();
+    if (operand_ == compute_) {
+      sum_vd.addmm_(d, x_rd);
+    } else {
+      at::addmm_out(sum_vd, sum_vd, d, x_rd, compute_);
+    }
   }
 
  private:
-  void add_product(Tensor& sum, const Tensor& a, const Tensor& b) const {
-    if (operand_ == compute_) {
-      sum.addmm_(a, b);
-    } else {
-      at::addmm_out(sum, sum, a, b, compute_);
-    }
-  }
   template <class F>
   void each_slab(const F& f) const {
     const int64_t vocab = weight_.size(0);
