@@ -3,20 +3,24 @@
 // Cross-Entropy, Wijmans et al. 2024). For token m with hidden state x_m, classifier rows C_j,
 // target y, weight t_m and class weights w:
 //
-//   u_j = logit_scale (x_m . C_j + b_j)           z_j = softcap tanh(u_j / softcap), or u_j when
-//   off L   = log sum_j exp z_j                       q_j = (1 - a) [j = y] + a / V     (a:
-//   smoothing) row = t_m (sum_j q_j w_j (L - z_j) + z_loss L^2) loss = row | sum_m row | sum_m row
-//   / sum_m t_m w_y        (reduction none | sum | mean)
+// clang-format off
+//   u_j  = logit_scale (x_m . C_j + b_j)
+//   z_j  = softcap tanh(u_j / softcap), or u_j when off
+//   L    = log sum_j exp z_j
+//   q_j  = (1 - a) [j = y] + a / V                                   (a: smoothing)
+//   row  = t_m (sum_j q_j w_j (L - z_j) + z_loss L^2)
+//   loss = row | sum_m row | sum_m row / sum_m t_m w_y               (none | sum | mean)
+// clang-format on
 //
 // over the counted tokens: those whose target is not ignore_index. The other rows have loss 0 and
-// gradient 0 whatever they hold, NaN included; without a counted token the loss is 0, not NaN as in
-// PyTorch. With weights at their defaults, -row is the token's log-probability.
+// gradient 0 whatever they hold, NaN included; without a counted token the loss is 0 (see
+// empty_is_nan). With weights at their defaults, -row is the token's log-probability.
 //
 // Computed in fp32 for fp16, bf16 and fp32, in fp64 for fp64. The weight's gradient is accumulated
 // in that precision and rounded once. Extra memory: workspace_bytes, and an accumulator of V*D*4
-// bytes in backward when the weight has 16 bits; see README.md. Never synchronises the host, except
-// with validate_targets. A second backward over a retained graph is allowed; double backward
-// throws.
+// bytes in backward when the weight has 16 bits; README.md has it exactly. Never synchronises the
+// host, except with validate_targets. A second backward over a retained graph is allowed; double
+// backward throws.
 //
 // For Python: torch.ops.ounce.linear_cross_entropy.
 #pragma once
@@ -50,6 +54,8 @@ enum class Recompute { kAuto, kNever, kAlways };
 struct LinearCrossEntropyOptions {
   TORCH_ARG(int64_t, ignore_index) = -100;
   TORCH_ARG(Reduction, reduction) = Reduction::kMean;
+  // The mean of no counted token is NaN, as in PyTorch, instead of 0; its gradient is 0 either way.
+  TORCH_ARG(bool, empty_is_nan) = false;
   // Target t is predicted from position t - shift of the last token dimension, which has length T:
   // 0 <= shift < T. Whatever is per token stays at the target's place; the first `shift` are
   // ignored.
@@ -73,7 +79,8 @@ struct LinearCrossEntropyOptions {
   TORCH_ARG(Recompute, recompute) = Recompute::kAuto;
   TORCH_ARG(bool, deterministic) = true;
   TORCH_ARG(at::ScalarType, accum) = at::kFloat;  // of the gradients; fp64 inputs use fp64
-  // auto | fused | reference. No fused path is built yet: "fused" throws, "auto" is the reference.
+  // auto | fused | reference. No fused path is built yet: "fused" throws, and "auto" is the
+  // reference, of which it warns once on a GPU (OUNCE_STRICT=1: throws).
   TORCH_ARG(std::string, implementation) = "auto";
 };
 

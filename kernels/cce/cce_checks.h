@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ounce/core/check.h>
 #include <ounce/kernels/cce/cce.h>
+#include <ounce/kernels/common/implementation.h>
 
 #include <array>
 #include <cmath>
@@ -78,14 +79,7 @@ inline void check_options(const CceOptions& o) {
               o.workspace_bytes());
   OUNCE_CHECK(o.accum() == at::kFloat, "[linear_cross_entropy] expected accum = float32, got ",
               o.accum(), "; 64-bit inputs accumulate in 64 bits by themselves");
-  const auto& how = o.implementation();
-  OUNCE_CHECK(how == "auto" || how == "fused" || how == "reference",
-              "[linear_cross_entropy] expected implementation = auto, fused or reference, got '",
-              how, "'");
-  OUNCE_CHECK(
-      how != "fused",
-      "[linear_cross_entropy] expected an implementation that is built, got 'fused', of which "
-      "this build has none; use 'auto' or 'reference'");
+  check_implementation("linear_cross_entropy", o.implementation());
 }
 
 inline void check_same_device(const char* name, const at::Tensor& t, const at::Tensor& hidden) {

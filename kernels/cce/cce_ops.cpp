@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <utility>
 
 namespace ounce {
@@ -28,9 +29,6 @@ using torch::autograd::variable_list;
 // loss, lse, z_loss, n_valid, correct, dropped_mass; those without a value are empty [0] tensors.
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-
-constexpr at::DispatchKeySet kAutocast({c10::DispatchKey::AutocastCPU,
-                                        c10::DispatchKey::AutocastCUDA});
 
 // --- CPU and CUDA -------------------------------------------------------------------------------
 
@@ -68,7 +66,8 @@ void check_targets(const Inputs& in, const CceOptions& o) {
 
 Outputs forward_kernel(const Inputs& in, const CceOptions& o) {
   check_inputs(in, o);
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  note_reference("linear_cross_entropy", o.implementation(), in.hidden);
   if (o.validate_targets()) check_targets(in, o);
   const auto tokens = tokens_of(in, o);
   const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
@@ -77,7 +76,10 @@ Outputs forward_kernel(const Inputs& in, const CceOptions& o) {
   const auto per_token = [&](const Tensor& t) { return to_target_place(t, in.target, o.shift()); };
   const auto reduce = [&](const Tensor& t) {
     if (o.reduction() == Reduction::kNone) return per_token(t);
-    return o.reduction() == Reduction::kSum ? t.sum() : t.sum() / tokens.denominator;
+    if (o.reduction() == Reduction::kSum) return t.sum();
+    const auto mean = t.sum() / tokens.denominator;
+    if (!o.empty_is_nan()) return mean;
+    return mean.masked_fill(tokens.counted.any().logical_not(), std::nan(""));
   };
   return {reduce(rows.loss),
           per_token(rows.lse),
@@ -90,7 +92,7 @@ Outputs forward_kernel(const Inputs& in, const CceOptions& o) {
 Gradients backward_kernel(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
                           const Inputs& in, const CceOptions& o, std::array<bool, 3> wanted) {
   check_inputs(in, o);
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto tokens = tokens_of(in, o);
   const auto zero = at::zeros({}, tokens.weight.options());
   Tensor grad_rows = grad_loss ? *grad_loss : zero;
@@ -142,14 +144,16 @@ template <Outputs (*kernel)(const Inputs&, const CceOptions&)>
 Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                       const OptionalTensor& bias, const OptionalTensor& token_weight,
                       const OptionalTensor& class_weight, int64_t ignore_index,
-                      c10::string_view reduction, int64_t shift, double label_smoothing,
-                      double z_loss, double softcap, double logit_scale, c10::string_view grad_mode,
-                      std::optional<double> filter_eps, bool return_correct, bool validate_targets,
-                      int64_t workspace_bytes, c10::string_view recompute, bool deterministic,
-                      at::ScalarType accum, c10::string_view implementation) {
+                      c10::string_view reduction, bool empty_is_nan, int64_t shift,
+                      double label_smoothing, double z_loss, double softcap, double logit_scale,
+                      c10::string_view grad_mode, std::optional<double> filter_eps,
+                      bool return_correct, bool validate_targets, int64_t workspace_bytes,
+                      c10::string_view recompute, bool deterministic, at::ScalarType accum,
+                      c10::string_view implementation) {
   const auto options = CceOptions()
                            .ignore_index(ignore_index)
                            .reduction(kReductions.parse(reduction))
+                           .empty_is_nan(empty_is_nan)
                            .shift(shift)
                            .label_smoothing(label_smoothing)
                            .z_loss(z_loss)
@@ -201,10 +205,11 @@ Outputs call_forward(const Inputs& in, const CceOptions& o) {
                              .findSchemaOrThrow("ounce::linear_cross_entropy", "")
                              .typed<decltype(forward_entry<forward_kernel>)>();
   return op.call(in.hidden, in.weight, in.target, in.bias, in.token_weight, in.class_weight,
-                 o.ignore_index(), kReductions.text(o.reduction()), o.shift(), o.label_smoothing(),
-                 o.z_loss(), o.softcap(), o.logit_scale(), kGradModes.text(o.grad_mode()),
-                 o.filter_eps(), o.return_correct(), o.validate_targets(), o.workspace_bytes(),
-                 kRecomputes.text(o.recompute()), o.deterministic(), o.accum(), o.implementation());
+                 o.ignore_index(), kReductions.text(o.reduction()), o.empty_is_nan(), o.shift(),
+                 o.label_smoothing(), o.z_loss(), o.softcap(), o.logit_scale(),
+                 kGradModes.text(o.grad_mode()), o.filter_eps(), o.return_correct(),
+                 o.validate_targets(), o.workspace_bytes(), kRecomputes.text(o.recompute()),
+                 o.deterministic(), o.accum(), o.implementation());
 }
 
 Gradients call_backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
@@ -310,7 +315,7 @@ Gradients backward_autograd(const OptionalTensor& grad_loss, const OptionalTenso
 // The hidden state is cast; the weight is read in slabs as it is.
 Outputs forward_autocast(const Inputs& in, const CceOptions& o) {
   const auto device = in.hidden.device().type();
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto hidden =
       at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), in.hidden, device);
   return call_forward({hidden, in.weight, in.target, in.bias, in.token_weight, in.class_weight}, o);
@@ -346,7 +351,8 @@ TORCH_LIBRARY_FRAGMENT(ounce, m) {
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, "
       "Tensor? token_weight=None, Tensor? class_weight=None, *, int ignore_index=-100, "
-      "str reduction='mean', int shift=0, float label_smoothing=0., float z_loss=0., "
+      "str reduction='mean', bool empty_is_nan=False, int shift=0, float label_smoothing=0., float "
+      "z_loss=0., "
       "float softcap=0., float logit_scale=1., str grad_mode='exact', float? filter_eps=None, "
       "bool return_correct=False, bool validate_targets=False, int workspace_bytes=-1, "
       "str recompute='auto', bool deterministic=True, ScalarType accum=float, "

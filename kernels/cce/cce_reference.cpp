@@ -14,17 +14,27 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kTile = 128;
-constexpr int64_t kSlabBytes = int64_t{16} << 20;
 // Logits closer than this to the largest take their loss from log1p, which keeps the relative
 // precision of a loss near 0; further ones take the difference, which cannot overflow.
 constexpr double kNearMaximum = -10;
+
+int64_t workspace_bytes(const Tensor& hidden, const LinearCrossEntropyOptions& options) {
+  if (options.workspace_bytes() >= 0) return options.workspace_bytes();
+  return int64_t{hidden.is_cuda() ? 512 : 128} << 20;
+}
+
+// What a converted piece of the weight may take: on a CPU what fits a cache, on a GPU enough that
+// its products are not many small ones.
+int64_t slab_bytes(const Tensor& hidden, const LinearCrossEntropyOptions& options) {
+  if (!hidden.is_cuda()) return int64_t{16} << 20;
+  return std::max(int64_t{64} << 20, workspace_bytes(hidden, options) / 4);
+}
 
 // Tokens a chunk. Two [rows, V] buffers are alive at a time; one chunk at most where a filter's
 // tiles need whole groups of tokens.
 int64_t chunk_rows(const Tensor& hidden, int64_t vocab, at::ScalarType compute,
                    const LinearCrossEntropyOptions& options) {
-  const int64_t automatic = int64_t{hidden.is_cuda() ? 512 : 128} << 20;
-  const int64_t budget = options.workspace_bytes() < 0 ? automatic : options.workspace_bytes();
+  const int64_t budget = workspace_bytes(hidden, options);
   const int64_t row =
       2 * (vocab + hidden.size(1)) * static_cast<int64_t>(c10::elementSize(compute));
   int64_t rows = std::max<int64_t>(1, budget / row);
@@ -32,22 +42,22 @@ int64_t chunk_rows(const Tensor& hidden, int64_t vocab, at::ScalarType compute,
   return std::min(rows, std::max<int64_t>(1, hidden.size(0)));
 }
 
-// The three matrix products. What is not in the dtype they run in is converted a slab of the
-// vocabulary at a time.
+// The three matrix products. A weight that is not in the dtype they run in is converted a slab of
+// the vocabulary at a time.
 class Classifier {
  public:
-  Classifier(const Tensor& hidden, const Tensor& weight, at::ScalarType compute)
+  Classifier(const Tensor& hidden, const Tensor& weight, at::ScalarType compute,
+             const LinearCrossEntropyOptions& options)
       : weight_(weight),
         compute_(compute),
         // A GPU multiplies bf16 and accumulates in fp32. A CPU would round the result to bf16, and
         // small gradients underflow in fp16: those are widened.
         operand_(hidden.is_cuda() && hidden.scalar_type() == at::kBFloat16 ? at::kBFloat16
-                                                                           : compute) {
-    const int64_t vocab = weight.size(0);
+                                                                           : compute),
+        slab_(weight.size(0)) {
+    if (weight.scalar_type() == operand_) return;
     const int64_t row = 4 * std::max<int64_t>(1, weight.size(1));
-    const int64_t slab = std::clamp<int64_t>(kSlabBytes / row, 1, vocab);
-    read_slab_ = weight.scalar_type() == operand_ ? vocab : slab;
-    sum_slab_ = operand_ == compute ? vocab : slab;
+    slab_ = std::clamp<int64_t>(slab_bytes(hidden, options) / row, 1, weight.size(0));
   }
 
   // Rows that do not count become 0, for 0 * NaN would reach the weight's gradient.
@@ -55,54 +65,49 @@ class Classifier {
     return hidden_rd.to(operand_).masked_fill(counted.logical_not().unsqueeze(1), 0);
   }
   Tensor logits(const Tensor& x_rd) const {
-    const int64_t vocab = weight_.size(0);
-    if (read_slab_ == vocab) return product(x_rd, weight_.to(operand_).t());
-    auto out = at::empty({x_rd.size(0), vocab}, x_rd.options().dtype(compute_));
-    each_slab(read_slab_, [&](int64_t from, int64_t count) {
-      const auto slab = weight_.narrow(0, from, count).to(operand_);
-      out.narrow(1, from, count).copy_(product(x_rd, slab.t()));
+    auto out = at::empty({x_rd.size(0), weight_.size(0)}, x_rd.options().dtype(compute_));
+    each_slab([&](int64_t from, const Tensor& slab) {
+      auto columns = out.narrow(1, from, slab.size(0));
+      if (operand_ == compute_) {
+        at::mm_out(columns, x_rd, slab.t());
+      } else {
+        at::mm_out(columns, x_rd, slab.t(), compute_);
+      }
     });
     return out;
   }
   // dlogits weight
   Tensor hidden_gradient(const Tensor& dlogits_rv) const {
-    auto out = at::zeros({dlogits_rv.size(0), weight_.size(1)}, dlogits_rv.options());
-    each_slab(read_slab_, [&](int64_t from, int64_t count) {
-      const auto slab = weight_.narrow(0, from, count).to(operand_);
-      add_product(out, dlogits_rv.narrow(1, from, count).to(operand_), slab);
+    Tensor sum;
+    each_slab([&](int64_t from, const Tensor& slab) {
+      const auto d = dlogits_rv.narrow(1, from, slab.size(0)).to(operand_);
+      const auto part = operand_ == compute_ ? at::mm(d, slab) : at::mm(d, slab, compute_);
+      sum = sum.defined() ? sum.add_(part) : part;
     });
-    return out;
+    return sum;
   }
   // sum += dlogits^T x
   void add_weight_gradient(Tensor& sum_vd, const Tensor& dlogits_rv, const Tensor& x_rd) const {
-    each_slab(sum_slab_, [&](int64_t from, int64_t count) {
-      auto slab = sum_vd.narrow(0, from, count);
-      add_product(slab, dlogits_rv.narrow(1, from, count).to(operand_).t(), x_rd);
-    });
+    const auto d = dlogits_rv.to(operand_).t();
+    if (operand_ == compute_) {
+      sum_vd.addmm_(d, x_rd);
+    } else {
+      at::addmm_out(sum_vd, sum_vd, d, x_rd, compute_);
+    }
   }
 
  private:
-  Tensor product(const Tensor& a, const Tensor& b) const {
-    return operand_ == compute_ ? at::mm(a, b) : at::mm(a, b, compute_);
-  }
-  void add_product(Tensor& sum, const Tensor& a, const Tensor& b) const {
-    if (operand_ == compute_) {
-      sum.addmm_(a, b);
-    } else {
-      sum.add_(product(a, b));
-    }
-  }
   template <class F>
-  void each_slab(int64_t slab, const F& f) const {
+  void each_slab(const F& f) const {
     const int64_t vocab = weight_.size(0);
-    for (int64_t from = 0; from < vocab; from += slab) f(from, std::min(slab, vocab - from));
+    for (int64_t from = 0; from < vocab; from += slab_) {
+      f(from, weight_.narrow(0, from, std::min(slab_, vocab - from)).to(operand_));
+    }
   }
 
   Tensor weight_;
   at::ScalarType compute_, operand_;
-  // Vocabulary entries that are converted at a time: of the weight when it is read; of a product
-  // that is added to the weight's gradient.
-  int64_t read_slab_ = 0, sum_slab_ = 0;
+  int64_t slab_;  // vocabulary entries
 };
 
 // z of a chunk, before bias, scale and softcap are applied -> after. Overwrites it.
@@ -265,12 +270,12 @@ Tokens describe_tokens(const Tensor& target, const Tensor& counted,
                        int64_t vocab, at::ScalarType compute) {
   Tokens t;
   t.counted = counted;
-  const auto outside = target.lt(0).logical_or_(target.ge(vocab)).logical_and_(counted);
-  t.target = target.masked_fill(counted.logical_not().logical_or_(outside), 0);
+  t.outside = target.lt(0).logical_or_(target.ge(vocab)).logical_and_(counted);
+  t.target = target.masked_fill(counted.logical_not().logical_or_(t.outside), 0);
   t.weight = token_weight ? token_weight->to(compute)
                           : at::ones(target.sizes(), target.options().dtype(compute));
   t.weight = t.weight.masked_fill(counted.logical_not(), 0)
-                 .masked_fill_(outside, std::numeric_limits<double>::quiet_NaN());
+                 .masked_fill_(t.outside, std::numeric_limits<double>::quiet_NaN());
   t.hit_weight =
       class_weight ? class_weight->to(compute).index_select(0, t.target) : at::ones_like(t.weight);
   const auto sum = (t.weight * t.hit_weight).sum();
@@ -285,7 +290,7 @@ ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight
   const auto compute = tokens.weight.scalar_type();
   const int64_t count = hidden.size(0);
   const bool filters = options.grad_mode() != GradMode::kExact;
-  const Classifier classifier(hidden, weight, compute);
+  const Classifier classifier(hidden, weight, compute, options);
   const Smoothing smoothing(options, class_weight, weight, compute);
   ForwardRows out;
   out.loss = at::empty({count}, tokens.weight.options());
@@ -304,7 +309,10 @@ ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight
     };
     auto z = classifier.logits(classifier.rows(hidden.narrow(0, from, rows), chunk.counted));
     finish_logits(z, bias, options);
-    if (options.return_correct()) put(out.correct, z.argmax(1).eq(chunk.target));
+    if (options.return_correct()) {
+      const auto hit = z.argmax(1).eq(chunk.target);
+      put(out.correct, hit.masked_fill(tokens.outside.narrow(0, from, rows), 0));
+    }
     const auto e = exponentials(z, chunk.target, smoothing.class_weights, options);
     const auto squared = e.lse.square() * options.z_loss();
     put(out.loss, (row_loss(e, chunk, smoothing) + squared) * chunk.weight);
@@ -325,7 +333,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
     const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted) {
   const auto compute = tokens.weight.scalar_type();
   const int64_t count = hidden.size(0), vocab = weight.size(0);
-  const Classifier classifier(hidden, weight, compute);
+  const Classifier classifier(hidden, weight, compute, options);
   const Smoothing smoothing(options, class_weight, weight, compute);
   const auto sums = weight.options().dtype(compute);
   Tensor grad_hidden = at::empty({0}, hidden.options());

@@ -15,9 +15,10 @@ namespace ounce::reference {
 
 // What the loss needs to know of each token.
 struct Tokens {
-  at::Tensor target;       // int64, 0 where not counted
+  at::Tensor target;       // int64, 0 where not counted or outside
   at::Tensor counted;      // bool
-  at::Tensor weight;       // t_m, 0 where not counted, NaN for a target outside the vocabulary
+  at::Tensor outside;      // bool: counted, with a target that is not in the vocabulary
+  at::Tensor weight;       // t_m, 0 where not counted, NaN where outside
   at::Tensor hit_weight;   // class weight of the target, 1 without class weights
   at::Tensor denominator;  // scalar sum of weight * hit_weight, 1 where that is 0
 };

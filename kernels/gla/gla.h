@@ -9,12 +9,13 @@
 //
 // Numerics: q, k, v share a dtype; g may have another. Decays, states and sums are fp32 (fp64 for
 // fp64 inputs). Decays are only multiplied, never divided, so that any g <= 0 is exact, -inf too
-// (a_t = 0: the state is dropped). g > 0 is not checked for and grows without bound.
+// (a_t = 0: the state is dropped). g > 0 grows without bound; see check_numerics.
 //
 // Every function is also torch.ops.ounce.<name>: autograd (first order), Meta, autocast (casts q,
-// k, v; leaves g and states). No host synchronisation, deterministic; all sizes may be 0 except K
-// and V. Throws ounce::Error (Fault::kUsage) for shapes, dtypes, devices and options that do not
-// fit; values of cu_seqlens that do not fit are an error on a CPU and a device assertion on a GPU.
+// k, v; leaves g and states); only naive_recurrent_gla has derivatives of every order. No host
+// synchronisation, deterministic; all sizes may be 0 except heads, K and V. Throws ounce::Error
+// (Fault::kUsage) for shapes, dtypes, devices and options that do not fit; values of cu_seqlens
+// that do not fit are an error on a CPU and a device assertion on a GPU.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -47,9 +48,13 @@ struct GlaOptions {
   std::optional<double> clamp_min;  // least log decay, <= 0: log a = max(log a, clamp_min)
   bool reverse = false;  // the recurrence runs from each sequence's last token to its first
   GlaStateLayout state_layout = GlaStateLayout::kKV;
+  // Throws where g is NaN, or, as a log decay, above 0. Synchronises the host.
+  bool check_numerics = false;
   // The following change speed and memory alone; the reference path takes no notice of them.
-  std::string implementation = "auto";  // auto | fused | reference
-  std::string intra = "tf32";           // products inside a chunk: tf32 | bf16 | fp32
+  // auto | fused | reference. No fused path is built yet: "fused" throws, and "auto" is the
+  // reference, of which it warns once on a GPU (OUNCE_STRICT=1: throws).
+  std::string implementation = "auto";
+  std::string intra = "tf32";         // products inside a chunk: tf32 | bf16 | fp32
   int64_t states_every = 0;           // chunks between states kept for backward; 0 = recompute all
   int64_t segments = 0;               // pieces a sequence is split into; 0 = automatic
   std::optional<int64_t> max_seqlen;  // longest sequence of cu_seqlens
@@ -89,8 +94,9 @@ std::tuple<at::Tensor, at::Tensor> naive_recurrent_gla(
     const std::optional<at::Tensor>& initial_state = {},
     const std::optional<at::Tensor>& cu_seqlens = {}, const GlaOptions& options = {});
 
-// Settings of the layer. Names and defaults follow flash-linear-attention's layer, so that its
-// weights load by name.
+// Settings of the layer. Parameter names and defaults follow flash-linear-attention's layer, with
+// one exception: its default, which fuses norm and gate, calls the norm g_norm_swish_gate, and here
+// it is g_norm as without that fusion.
 struct GlaLayerOptions {
   int64_t heads = 4;
   int64_t kv_heads = 0;              // 0 = heads; else a divisor of heads

@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 #include <ounce/core/check.h>
+#include <ounce/kernels/common/implementation.h>
 #include <ounce/kernels/gla/gla_reference.h>
 
 #include <algorithm>
@@ -24,12 +25,14 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr const char* kOptionSchema =
     "*, float? scale=None, bool output_final_state=False, str gate='log_decay', "
     "float gate_normalizer=16.0, float? clamp_min=None, bool reverse=False, str state_layout='kv', "
-    "str implementation='auto', str intra='tf32', int states_every=0, int segments=0, "
+    "bool check_numerics=False, str implementation='auto', str intra='tf32', int states_every=0, "
+    "int segments=0, "
     "int? max_seqlen=None";
 
-using OptionTypes = std::tuple<std::optional<double>, bool, std::string_view, double,
-                               std::optional<double>, bool, std::string_view, std::string_view,
-                               std::string_view, int64_t, int64_t, std::optional<int64_t>>;
+using OptionTypes =
+    std::tuple<std::optional<double>, bool, std::string_view, double, std::optional<double>, bool,
+               std::string_view, bool, std::string_view, std::string_view, int64_t, int64_t,
+               std::optional<int64_t>>;
 
 inline GlaOptions to_options(const OptionTypes& o, const char* op) {
   const auto gate = std::get<2>(o), layout = std::get<6>(o);
@@ -44,11 +47,12 @@ inline GlaOptions to_options(const OptionTypes& o, const char* op) {
           std::get<4>(o),
           std::get<5>(o),
           layout == "kv" ? GlaStateLayout::kKV : GlaStateLayout::kVK,
-          std::string(std::get<7>(o)),
+          std::get<7>(o),
           std::string(std::get<8>(o)),
-          std::get<9>(o),
+          std::string(std::get<9>(o)),
           std::get<10>(o),
-          std::get<11>(o)};
+          std::get<11>(o),
+          std::get<12>(o)};
 }
 
 // Views of `options`, which must outlive them.
@@ -60,6 +64,7 @@ inline OptionTypes to_arguments(const GlaOptions& o) {
           o.clamp_min,
           o.reverse,
           o.state_layout == GlaStateLayout::kKV ? "kv" : "vk",
+          o.check_numerics,
           o.implementation,
           o.intra,
           o.states_every,
@@ -74,10 +79,7 @@ inline void check_options(const GlaOptions& o, const char* op) {
               o.gate_normalizer);
   OUNCE_CHECK(!o.clamp_min || *o.clamp_min <= 0, "[", op, "] expected clamp_min <= 0, got ",
               *o.clamp_min);
-  OUNCE_CHECK(o.implementation != "fused", "[", op,
-              "] expected implementation auto or reference, got 'fused'; no fused kernel is built");
-  OUNCE_CHECK(o.implementation == "auto" || o.implementation == "reference", "[", op,
-              "] expected implementation auto, fused or reference, got '", o.implementation, "'");
+  check_implementation(op, o.implementation);
   OUNCE_CHECK(o.intra == "tf32" || o.intra == "bf16" || o.intra == "fp32", "[", op,
               "] expected intra tf32, bf16 or fp32, got '", o.intra, "'");
   OUNCE_CHECK(o.states_every >= 0 && o.segments >= 0, "[", op,
@@ -157,9 +159,11 @@ inline void check_sequences(const Tensor& q, const Tensor& v, const OptionalTens
 // The values of cu_seqlens: read on a CPU, asserted on the device elsewhere.
 inline void check_boundaries(const OptionalTensor& cu, int64_t tokens, const char* op) {
   if (!cu) return;
-  const auto x = cu->to(at::kLong);
+  const auto x = cu->to(at::kLong).contiguous();
+  // A tensor of a tracer has no values.
+  if (x.is_meta() || x.key_set().has(c10::DispatchKey::Python)) return;
   if (x.is_cpu()) {
-    const auto* p = x.contiguous().data_ptr<int64_t>();
+    const auto* p = x.data_ptr<int64_t>();
     const int64_t n = x.size(0);
     OUNCE_CHECK(p[0] == 0 && p[n - 1] == tokens && std::is_sorted(p, p + n), "[", op,
                 "] expected cu_seqlens from 0 to ", tokens, " that does not decrease, got ", p[0],
@@ -171,6 +175,16 @@ inline void check_boundaries(const OptionalTensor& cu, int64_t tokens, const cha
   at::_assert_async(ok, c10::str("[", op,
                                  "] cu_seqlens must run from 0 to the number of tokens "
                                  "without decreasing"));
+}
+
+inline void check_gates(const Tensor& g, const GlaOptions& options, const char* op) {
+  if (!options.check_numerics) return;
+  const bool logits = options.gate == GlaGate::kLogSigmoidLogits;
+  const auto bad = logits ? g.isnan() : g.le(0).logical_not_();
+  if (!bad.any().item<bool>()) return;
+  fail(Fault::kUsage, "[", op, "] expected g ", logits ? "without NaN" : "<= 0", ", got ",
+       bad.sum().item<int64_t>(), " others, the first ",
+       g.masked_select(bad).select(0, 0).item<double>());
 }
 
 inline GlaOptions check_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace ounce::gla {
@@ -34,6 +35,12 @@ struct ChunkWise {
 
 struct Recurrent {
   static constexpr const char* kName = "fused_recurrent_gla";
+  static Pair compute(const Inputs& in, const GlaOptions& o) { return recurrent_forward(in, o); }
+};
+
+// The definition: differentiated by autograd through its operators.
+struct Naive {
+  static constexpr const char* kName = "naive_recurrent_gla";
   static Pair compute(const Inputs& in, const GlaOptions& o) { return recurrent_forward(in, o); }
 };
 
@@ -69,6 +76,8 @@ struct Kernels<std::tuple<O...>> {
                       const OptionalTensor& state, const OptionalTensor& cu, O... o) {
     const auto options = check_call(q, k, v, g, state, cu, {o...}, Op::kName);
     check_boundaries(cu, q.size(1), Op::kName);
+    check_gates(g, options, Op::kName);
+    if constexpr (!std::is_same_v<Op, Naive>) note_reference(Op::kName, options.implementation, q);
     auto [out, final_state] = Op::compute(to_inputs(q, k, v, g, state, cu), options);
     return {out, final_state.defined() ? final_state : no_state(q)};
   }
@@ -163,6 +172,8 @@ struct Kernels<std::tuple<O...>> {
   static Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                      Tensor& state, const OptionalTensor& indices, O... o) {
     auto options = check_step(q, k, v, g, state, indices, o...);
+    check_gates(g, options, Step::kName);
+    note_reference(Step::kName, options.implementation, q);
     options.output_final_state = true;
     const auto slots = indices ? indices->to(at::kLong) : Tensor();
     const auto before = indices ? state.index_select(0, slots) : state;
@@ -312,6 +323,7 @@ TORCH_LIBRARY_FRAGMENT(ounce, m) {
       options + ") -> (Tensor, Tensor)";
   m.def(("chunk_gla" + inputs).c_str());
   m.def(("fused_recurrent_gla" + inputs).c_str());
+  m.def(("naive_recurrent_gla" + inputs).c_str());
   m.def(
       ("chunk_gla_backward(Tensor grad_o, Tensor? grad_final_state, Tensor q, Tensor k, Tensor v, "
        "Tensor g, Tensor? initial_state=None, Tensor? cu_seqlens=None, " +
@@ -321,6 +333,10 @@ TORCH_LIBRARY_FRAGMENT(ounce, m) {
          "Tensor? state_indices=None, " +
          options + ") -> Tensor")
             .c_str());
+}
+
+TORCH_LIBRARY_IMPL(ounce, CompositeImplicitAutograd, m) {
+  m.impl("naive_recurrent_gla", GlaKernels::forward<Naive>);
 }
 
 TORCH_LIBRARY_IMPL(ounce, CompositeExplicitAutograd, m) {
@@ -347,15 +363,32 @@ TORCH_LIBRARY_IMPL(ounce, Autograd, m) {
 void register_autocast(torch::Library& m) {
   m.impl("chunk_gla", GlaKernels::forward_autocast<ChunkWise>);
   m.impl("fused_recurrent_gla", GlaKernels::forward_autocast<Recurrent>);
+  m.impl("naive_recurrent_gla", GlaKernels::forward_autocast<Naive>);
   m.impl("chunk_gla_backward", GlaKernels::backward_autocast);
   m.impl("gla_step_", GlaKernels::step_autocast);
 }
 TORCH_LIBRARY_IMPL(ounce, AutocastCPU, m) { register_autocast(m); }
 TORCH_LIBRARY_IMPL(ounce, AutocastCUDA, m) { register_autocast(m); }
 
-Pair without_placeholder(Pair result, const GlaOptions& options) {
-  if (!options.output_final_state) std::get<1>(result) = Tensor();
-  return result;
+OptionalTensor drop_undefined(const OptionalTensor& x) {
+  return x && x->defined() ? x : std::nullopt;
+}
+
+void check_defined(std::initializer_list<const Tensor*> tensors, const char* op) {
+  for (const auto* x : tensors) {
+    OUNCE_CHECK(x->defined(), "[", op, "] expected every tensor that is not optional, got an ",
+                "undefined one");
+  }
+}
+
+template <class Op>
+Pair call_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                  const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                  const GlaOptions& options) {
+  check_defined({&q, &k, &v, &g}, Op::kName);
+  auto [o, final_state] =
+      call<Op>(options, q, k, v, g, drop_undefined(initial_state), drop_undefined(cu_seqlens));
+  return {o, options.output_final_state ? final_state : Tensor()};
 }
 
 }  // namespace
@@ -368,33 +401,28 @@ std::tuple<at::Tensor, at::Tensor> chunk_gla(const at::Tensor& q, const at::Tens
                                              const std::optional<at::Tensor>& initial_state,
                                              const std::optional<at::Tensor>& cu_seqlens,
                                              const GlaOptions& options) {
-  auto result = gla::call<gla::ChunkWise>(options, q, k, v, g, initial_state, cu_seqlens);
-  return gla::without_placeholder(std::move(result), options);
+  return gla::call_forward<gla::ChunkWise>(q, k, v, g, initial_state, cu_seqlens, options);
 }
 
 std::tuple<at::Tensor, at::Tensor> fused_recurrent_gla(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
     const std::optional<at::Tensor>& initial_state, const std::optional<at::Tensor>& cu_seqlens,
     const GlaOptions& options) {
-  auto result = gla::call<gla::Recurrent>(options, q, k, v, g, initial_state, cu_seqlens);
-  return gla::without_placeholder(std::move(result), options);
+  return gla::call_forward<gla::Recurrent>(q, k, v, g, initial_state, cu_seqlens, options);
 }
 
 at::Tensor gla_step_(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                      const at::Tensor& g, at::Tensor& state,
                      const std::optional<at::Tensor>& state_indices, const GlaOptions& options) {
-  return gla::call<gla::Step>(options, q, k, v, g, state, state_indices);
+  gla::check_defined({&q, &k, &v, &g, &state}, gla::Step::kName);
+  return gla::call<gla::Step>(options, q, k, v, g, state, gla::drop_undefined(state_indices));
 }
 
 std::tuple<at::Tensor, at::Tensor> naive_recurrent_gla(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
     const std::optional<at::Tensor>& initial_state, const std::optional<at::Tensor>& cu_seqlens,
     const GlaOptions& options) {
-  const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
-  const char* op = "naive_recurrent_gla";
-  gla::check_call(q, k, v, g, initial_state, cu_seqlens, gla::to_arguments(options), op);
-  gla::check_boundaries(cu_seqlens, q.size(1), op);
-  return gla::recurrent_forward(gla::to_inputs(q, k, v, g, initial_state, cu_seqlens), options);
+  return gla::call_forward<gla::Naive>(q, k, v, g, initial_state, cu_seqlens, options);
 }
 
 }  // namespace ounce

@@ -15,9 +15,6 @@ using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr at::DispatchKeySet kAutocast({c10::DispatchKey::AutocastCPU,
-                                        c10::DispatchKey::AutocastCUDA});
-
 void check_norm(const char* op, const Tensor& x, const OptionalTensor& weight, double eps) {
   OUNCE_CHECK(x.defined() && x.is_floating_point(), "[", op,
               "] expected x of a floating dtype, got ",
@@ -35,7 +32,7 @@ void check_norm(const char* op, const Tensor& x, const OptionalTensor& weight, d
 
 Tensor rms_norm_kernel(const Tensor& x, const OptionalTensor& weight, double eps) {
   check_norm("rms_norm", x, weight, eps);
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return reference::rms_norm(x, weight, eps);
 }
 
@@ -47,7 +44,7 @@ std::tuple<Tensor, Tensor> add_rms_norm_kernel(const Tensor& residual, const Ten
               residual.sizes(), " and ", delta.sizes(), " ", delta.scalar_type());
   OUNCE_CHECK(delta.device() == residual.device(), "[add_rms_norm] expected delta on ",
               residual.device(), ", got ", delta.device(), "; move it there");
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   auto sum = (residual + delta).contiguous();
   auto normed = reference::rms_norm(sum, weight, eps);
   return {std::move(sum), std::move(normed)};
@@ -62,7 +59,7 @@ std::tuple<Tensor, Tensor> backward_kernel(const Tensor& grad, const Tensor& x,
               x.sizes(), ", got ", grad.sizes());
   OUNCE_CHECK(!wanted[1] || weight,
               "[rms_norm_backward] expected a weight for its gradient, got none");
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocast);
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return reference::rms_norm_backward(grad, x, weight, eps, grad_residual, wanted);
 }
 

@@ -37,8 +37,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& grad, con
   at::Tensor grad_x = at::empty({0}, x.options());
   at::Tensor grad_weight = at::empty({0}, (weight ? *weight : x).options());
   if (wanted[1]) {
-    const auto dim = x.size(-1);
-    grad_weight = (upstream * unit).reshape({-1, dim}).sum(0).to(weight->scalar_type());
+    grad_weight = (upstream * unit).sum_to_size(weight->sizes()).to(weight->scalar_type());
   }
   if (wanted[0]) {
     const auto g = weight ? upstream * weight->to(compute) : upstream;

@@ -55,7 +55,8 @@ struct Timing {
   int repeats = 0;
   int64_t peak_bytes = 0;  // over what was alive before the pass
 };
-// Warm-up, then rounds until `seconds` are over (3 at least, 100 at most).
+// Warm-up, then rounds until `seconds` are over (3 at least, 100 at most); 0 = one round, only to
+// see that a case runs.
 Timing measure(const Job& job, at::Device device, double seconds);
 
 // Seconds of `body`, by events on a GPU and by the clock on a CPU.

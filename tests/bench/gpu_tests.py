@@ -4,8 +4,8 @@
     gpu_tests.py record BUILD    after a test run on a GPU: writes results/tests-GPU.json
     gpu_tests.py compare         says which families have changed since those runs
 
-A record holds, for every family of kernels and for optim, how many of its tests passed, were skipped and
-failed, and a hash of its files.
+A record holds, for every family of kernels and for optim, how many of its tests that ran on the GPU (their
+names end in /cuda: tests/support/devices.h) passed, were skipped and failed, and a hash of its files.
 """
 import glob
 import hashlib
@@ -20,14 +20,18 @@ ROOT = os.path.abspath(os.path.join(HERE, "..", ".."))
 SOURCES = (".h", ".cpp", ".cu", ".cuh")
 
 
+COMMON = os.path.join(ROOT, "kernels", "common", "")  # part of every family
+
+
 def families():
     folders = sorted(glob.glob(os.path.join(ROOT, "kernels", "*", ""))) + [os.path.join(ROOT, "optim", "")]
-    return {os.path.basename(os.path.dirname(folder)): folder for folder in folders}
+    return {os.path.basename(os.path.dirname(folder)): folder for folder in folders if folder != COMMON}
 
 
 def hash_of(folder):
     digest = hashlib.sha256()
-    for path in sorted(glob.glob(os.path.join(folder, "**", "*"), recursive=True)):
+    paths = [p for f in (folder, COMMON) for p in glob.glob(os.path.join(f, "**", "*"), recursive=True)]
+    for path in sorted(paths):
         if path.endswith(SOURCES):
             digest.update(os.path.relpath(path, ROOT).encode() + b"\0")
             with open(path, "rb") as file:
@@ -63,7 +67,7 @@ def record(build):
             suites = json.load(file)["testsuites"]
         for test in (test for suite in suites for test in suite["testsuite"]):
             family = family_of(test.get("file", ""))
-            if family is not None:
+            if family is not None and test["name"].endswith("/cuda"):
                 skipped = test["result"] == "SKIPPED"
                 counts[family]["failed" if "failures" in test else "skipped" if skipped else "passed"] += 1
     place = os.path.join(HERE, "results", f"tests-{name}.json")

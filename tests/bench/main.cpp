@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <cstdlib>
 #include <ctime>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -38,6 +39,14 @@ std::string first_line_of(const std::string& command) {
   return text;
 }
 
+// Of the sources: OUNCE_COMMIT where they are without their git, else what git says. Empty = not
+// known.
+std::string commit() {
+  if (const char* given = std::getenv("OUNCE_COMMIT"); given != nullptr && *given != '\0')
+    return given;
+  return first_line_of("git -C '" OUNCE_SOURCE_DIR "' describe --always --dirty 2>/dev/null");
+}
+
 std::string date() {
   const auto now = std::time(nullptr);
   std::array<char, 32> text{};
@@ -46,12 +55,12 @@ std::string date() {
 }
 
 // What every row says of where it was measured.
-nlohmann::ordered_json machine(const DeviceFacts& facts, const Rates& rates) {
+nlohmann::ordered_json machine(const DeviceFacts& facts, const Rates& rates,
+                               const std::string& sources) {
   return {{"device", facts.name},
           {"driver", facts.driver},
           {"version", version_line()},
-          {"commit",
-           first_line_of("git -C '" OUNCE_SOURCE_DIR "' describe --always --dirty 2>/dev/null")},
+          {"commit", sources},
           {"date", date()},
           {"threads", at::get_num_threads()},
           {"copy_gb_s", rates.copy_bytes / 1e9},
@@ -103,13 +112,18 @@ void run(const Arguments& arguments) {
     OUNCE_CHECK(std::find(names.begin(), names.end(), family) != names.end(), "[bench] no family '",
                 family, "'", nearest_hint(family, names));
   }
+  const auto sources = commit();
+  OUNCE_CHECK(arguments.json.empty() || !sources.empty(),
+              "[bench] expected a commit to write beside the results of --json, got none from git; "
+              "set OUNCE_COMMIT");
   const auto device = choose_device(arguments.device);
   const auto facts = device_facts(device);
   const auto dtype = device.is_cuda() ? at::kBFloat16 : at::kFloat;
   const auto rates = measure_rates(device, dtype);
-  const auto where = machine(facts, rates);
-  std::printf("%s, %s\ncopy %.1f GB/s, matmul %.2f TFLOP/s (%s), disk %.2f GB/s\n\n",
-              facts.name.c_str(), version_line().c_str(), rates.copy_bytes / 1e9,
+  const auto where = machine(facts, rates, sources);
+  std::printf("%s, %s, commit %s\ncopy %.1f GB/s, matmul %.2f TFLOP/s (%s), disk %.2f GB/s\n\n",
+              facts.name.c_str(), version_line().c_str(),
+              sources.empty() ? "unknown" : sources.c_str(), rates.copy_bytes / 1e9,
               rates.matmul_flops / 1e12, toString(dtype), rates.disk_bytes / 1e9);
   std::printf("%-8s %-22s %-26s %-9s %9s %9s %9s %10s %7s\n", "family", "case", "shape", "dtype",
               "fwd ms", "bwd ms", "both ms", "peak MiB", "limit");
@@ -138,10 +152,12 @@ int main(int argc, char** argv) {
   CLI::App app(
       "Benchmarks: a line a case; limit = least possible time by this machine's rates / time");
   app.add_option("family", arguments.families, "cce, gla, norm, train; default all");
-  app.add_option("--json", arguments.json, "append a JSON object a case to this file");
+  app.add_option(
+      "--json", arguments.json,
+      "append a JSON object a case to this file; OUNCE_COMMIT names the commit without git");
   app.add_option("--device", arguments.device, "auto, cpu, cuda or cuda:N");
-  app.add_option("--seconds", arguments.seconds, "time spent on a case")
-      ->check(CLI::PositiveNumber);
+  app.add_option("--seconds", arguments.seconds, "time spent on a case; 0 = one pass")
+      ->check(CLI::NonNegativeNumber);
   CLI11_PARSE(app, argc, argv);
   try {
     ounce::count_cpu_memory();

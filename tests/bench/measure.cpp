@@ -142,15 +142,16 @@ Timing measure(const Job& job, at::Device device, double seconds) {
     backward.push_back(job.inputs.empty() ? 0 : end.since(middle));
     both.push_back(whole);
   };
-  pass(false);
+  const bool once = seconds == 0;
+  if (!once) pass(false);
   synchronize(device);
   const auto before = memory_use(device).current;
   reset_peak_memory(device);
-  pass(false);
+  pass(once);
   synchronize(device);
   timing.peak_bytes = memory_use(device).peak - before;
   for (const auto begin = Clock::now();
-       both.size() < 3 || (since(begin) < seconds && both.size() < 100);) {
+       !once && (both.size() < 3 || (since(begin) < seconds && both.size() < 100));) {
     pass(true);
   }
   timing.forward = median(forward);

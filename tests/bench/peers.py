@@ -215,7 +215,7 @@ def clock(device):
 
 
 def machine(device):
-    commit = subprocess.run(
+    commit = os.environ.get("OUNCE_COMMIT") or subprocess.run(
         ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
     with open("/proc/cpuinfo") as lines:
@@ -308,7 +308,9 @@ def main():
     load_operators()
     device = torch.device(arguments.device)
     where = machine(device)
-    print(f"{where['device']}, torch {where['torch']}, {where['commit']}")
+    if arguments.json and not where["commit"]:
+        parser.error("git knows no commit to write beside the results of --json; set OUNCE_COMMIT")
+    print(f"{where['device']}, torch {where['torch']}, commit {where['commit'] or 'unknown'}")
     out = open(arguments.json, "a") if arguments.json else None
     for key in arguments.family or FAMILIES:
         run_family(key, device, arguments, where, out)

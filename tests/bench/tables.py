@@ -95,7 +95,7 @@ def table(name, settings):
     text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     places = sorted({(r["device"], r.get("version") or "torch " + r["torch"], r["commit"], r["date"][:10]) for r in rows})
     for device, version, commit, date in places:
-        text += f"\n{device}; {version}; commit {commit}; {date}"
+        text += f"\n{device}; {version}; commit {commit or 'unknown'}; {date}"
     rates = [r for r in rows if "copy_gb_s" in r]
     if rates:
         r = rates[-1]

@@ -4,11 +4,10 @@
 #include <ounce/core/options.h>
 
 #include <cmath>
-#include <cstdio>
-#include <fstream>
 #include <limits>
 
 #include "support/expect_error.h"
+#include "support/temp_dir.h"
 
 namespace ounce {
 namespace {
@@ -204,12 +203,9 @@ TEST(Options, NanRoundTrip) {
 TEST(Options, ReadFile) {
   EXPECT_OUNCE_ERROR(Options::read_file("/nonexistent/a.toml"), kData, "/nonexistent/a.toml");
   EXPECT_OUNCE_ERROR(Options::read_file("/"), kData, "'/'");
-  const auto path = testing::TempDir() + "test_options.toml";
-  std::ofstream(path) << "a = 1\n";
-  EXPECT_EQ(Options::read_file(path).integer("a"), 1);
-  std::ofstream(path, std::ios::trunc).close();
-  EXPECT_TRUE(Options::read_file(path).empty());
-  std::remove(path.c_str());
+  const test::TempDir folder;
+  EXPECT_EQ(Options::read_file(folder.write_file("a.toml", "a = 1\n")).integer("a"), 1);
+  EXPECT_TRUE(Options::read_file(folder.write_file("empty.toml", "")).empty());
 }
 
 TEST(Options, Comparison) {

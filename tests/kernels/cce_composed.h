@@ -5,7 +5,6 @@
 #include <ounce/kernels/cce/cce.h>
 #include <torch/torch.h>
 
-#include <string>
 #include <vector>
 
 namespace ounce::cce_test {
@@ -16,6 +15,14 @@ struct CceCase {
 
   LinearCrossEntropyOutput run() const {
     return linear_cross_entropy(hidden, weight, target, bias, token_weight, class_weight, options);
+  }
+  CceCase on(at::Device device) const {
+    CceCase out = *this;
+    for (auto* t :
+         {&out.hidden, &out.weight, &out.target, &out.bias, &out.token_weight, &out.class_weight}) {
+      if (t->defined()) *t = t->to(device);
+    }
+    return out;
   }
   // The same values in another dtype, as leaves that want gradients.
   CceCase as(at::ScalarType type) const {
@@ -93,21 +100,13 @@ inline Composed composed(const CceCase& c) {
   return {reduce(rows), torch::where(counted, lse, zero), reduce(square)};
 }
 
-// RMS(x - reference) / RMS(reference); the numerator alone where the reference is 0.
-inline double relative_error(const at::Tensor& x, const at::Tensor& reference) {
-  const auto ref = reference.detach().to(at::kDouble);
-  const auto difference = (x.detach().to(at::kDouble) - ref).norm().item<double>();
-  const auto scale = ref.norm().item<double>();
-  return scale > 0 ? difference / scale : difference;
-}
-
 // Backward of the loss, and of the lse where it is defined, with fixed random upstreams.
 inline void backward(const at::Tensor& loss, const at::Tensor& lse) {
   const auto upstream = [](const at::Tensor& t) {
     return torch::linspace(0.3, 1.7, std::max<int64_t>(t.numel(), 1), at::kDouble)
         .narrow(0, 0, t.numel())
         .reshape(t.sizes())
-        .to(t.dtype());
+        .to(t.device(), t.scalar_type());
   };
   std::vector<at::Tensor> outputs = {loss}, upstreams = {upstream(loss)};
   if (lse.defined()) {
@@ -115,19 +114,6 @@ inline void backward(const at::Tensor& loss, const at::Tensor& lse) {
     upstreams.push_back(upstream(lse));
   }
   torch::autograd::backward(outputs, upstreams);
-}
-
-// The message of the ounce::Error (or other exception) that f throws; empty when it does not.
-template <class F>
-std::string message_of(const F& f) {
-  try {
-    f();
-  } catch (const c10::Error& e) {
-    return e.what_without_backtrace();
-  } catch (const std::exception& e) {
-    return e.what();
-  }
-  return "";
 }
 
 }  // namespace ounce::cce_test

@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "support/rms_error.h"
+
 namespace ounce::test {
 
 using at::Tensor;
@@ -27,6 +29,14 @@ struct Call {
   Tensor q, k, v, g, h0;  // h0 undefined = none
   Tensor cu;              // undefined = dense
   GlaOptions options;
+
+  Call on(at::Device device) const {
+    Call out = *this;
+    for (auto* x : {&out.q, &out.k, &out.v, &out.g, &out.h0, &out.cu}) {
+      if (x->defined()) *x = x->to(device);
+    }
+    return out;
+  }
 };
 
 struct Result {
@@ -131,14 +141,6 @@ inline Result run(Function f, const Call& c, const Tensor& d_o, const Tensor& d_
   return r;
 }
 
-inline double error(const Tensor& x, const Tensor& ref) {
-  if (ref.numel() == 0) return x.sizes() == ref.sizes() ? 0 : kInf;
-  EXPECT_EQ(x.sizes(), ref.sizes());
-  const double diff = (x.detach().to(at::kDouble) - ref).square().mean().sqrt().item<double>();
-  const double size = ref.detach().square().mean().sqrt().item<double>();
-  return diff / (size + 1e-8);
-}
-
 // Runs f and the oracle with random gradients of o and of the final state; errors of o, ht, dq ..
 inline void expect_close(Function f, Call c, double bound, const std::string& what) {
   c.options.output_final_state = true;
@@ -155,11 +157,11 @@ inline void expect_close(Function f, Call c, double bound, const std::string& wh
   EXPECT_EQ(got.o.scalar_type(), c.v.scalar_type());
   EXPECT_EQ(got.ht.scalar_type(), wide);
   const char* names[] = {"dq", "dk", "dv", "dg", "dh0"};
-  double worst = std::max(error(got.o, ref.o), error(got.ht, ref.ht));
-  EXPECT_LE(error(got.o, ref.o), bound) << what << " o";
-  EXPECT_LE(error(got.ht, ref.ht), bound) << what << " ht";
+  double worst = std::max(rms_error(got.o, ref.o), rms_error(got.ht, ref.ht));
+  EXPECT_LE(rms_error(got.o, ref.o), bound) << what << " o";
+  EXPECT_LE(rms_error(got.ht, ref.ht), bound) << what << " ht";
   for (size_t i = 0; i < ref.grads.size(); ++i) {
-    const double e = error(got.grads[i], ref.grads[i]);
+    const double e = rms_error(got.grads[i], ref.grads[i]);
     EXPECT_LE(e, bound) << what << " " << names[i];
     EXPECT_TRUE(std::isfinite(e)) << what << " " << names[i];
     worst = std::max(worst, e);

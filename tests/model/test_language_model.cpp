@@ -7,8 +7,12 @@
 #include <ounce/ounce.h>
 #include <torch/torch.h>
 
+#include "support/rms_error.h"
+
 namespace ounce {
 namespace {
+
+using test::rms_error;
 
 constexpr int64_t kVocab = 61;
 
@@ -25,12 +29,6 @@ std::shared_ptr<Model> make_model(const std::string& options, int64_t max_length
 
 at::Tensor tokens(int64_t batch, int64_t length) {
   return torch::randint(kVocab, {batch, length}, at::kLong);
-}
-
-double rms_error(const at::Tensor& x, const at::Tensor& reference) {
-  const auto ref = reference.to(at::kDouble);
-  return ((x.to(at::kDouble) - ref).square().mean().sqrt() / ref.square().mean().sqrt())
-      .item<double>();
 }
 
 class Mixers : public testing::TestWithParam<const char*> {};

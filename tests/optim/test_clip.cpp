@@ -5,19 +5,24 @@
 
 #include <limits>
 
+#include "support/devices.h"
+
 namespace {
 
 using ounce::optim::clip_by_norm;
 
-std::vector<at::Tensor> random_gradients() {
-  torch::manual_seed(1);
-  return {torch::randn({37, 5}),
-          at::Tensor(),
-          torch::randn({0, 4}),
-          torch::randn({}),
-          torch::randn({64}).to(at::kBFloat16),
-          torch::randn({9}, at::kDouble)};
-}
+class Clip : public ounce::test::OnDevice {
+ protected:
+  std::vector<at::Tensor> random_gradients() const {
+    return {torch::randn({37, 5}, device()),
+            at::Tensor(),
+            torch::randn({0, 4}, device()),
+            torch::randn({}, device()),
+            torch::randn({64}, device()).to(at::kBFloat16),
+            torch::randn({9}, device()).to(at::kDouble)};
+  }
+};
+OUNCE_ON_EACH_DEVICE(Clip);
 
 double reference_norm(const std::vector<at::Tensor>& gradients) {
   double sum = 0;
@@ -27,7 +32,7 @@ double reference_norm(const std::vector<at::Tensor>& gradients) {
   return std::sqrt(sum);
 }
 
-TEST(Clip, NormAndScale) {
+TEST_P(Clip, NormAndScale) {
   const auto gradients = random_gradients();
   const auto copy = gradients[0].clone();
   const double norm = reference_norm(gradients);
@@ -43,16 +48,16 @@ TEST(Clip, NormAndScale) {
   EXPECT_EQ(clip_by_norm(gradients, 0).scale.item<float>(), 1);
 }
 
-TEST(Clip, EqualsTorch) {
-  const auto p = torch::randn({50, 3}).requires_grad_(true);
-  p.mutable_grad() = torch::randn({50, 3});
+TEST_P(Clip, EqualsTorch) {
+  const auto p = torch::randn({50, 3}, device()).requires_grad_(true);
+  p.mutable_grad() = torch::randn({50, 3}, device());
   const auto result = clip_by_norm({p.grad()}, 2.0);
   const auto ours = p.grad() * result.scale;
   torch::nn::utils::clip_grad_norm_(p, 2.0);
   EXPECT_TRUE(torch::allclose(ours, p.grad(), 1e-6, 0));
 }
 
-TEST(Clip, NotFiniteIsFlagged) {
+TEST_P(Clip, NotFiniteIsFlagged) {
   for (const double bad : {std::numeric_limits<double>::infinity(), std::nan("")}) {
     for (const size_t at : {0, 4, 5}) {
       auto gradients = random_gradients();
@@ -65,7 +70,7 @@ TEST(Clip, NotFiniteIsFlagged) {
   }
 }
 
-TEST(Clip, NothingToClip) {
+TEST_P(Clip, NothingToClip) {
   const auto result = clip_by_norm({at::Tensor(), torch::empty({0})}, 1.0);
   EXPECT_EQ(result.norm.item<float>(), 0);
   EXPECT_EQ(result.scale.item<float>(), 1);

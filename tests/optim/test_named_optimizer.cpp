@@ -7,6 +7,8 @@
 
 #include <sstream>
 
+#include "support/expect_error.h"
+
 namespace {
 
 using ounce::Options;
@@ -18,23 +20,6 @@ using ounce::optim::NamedOptimizer;
 using ounce::optim::NamedParameters;
 
 at::Tensor leaf(at::IntArrayRef sizes) { return torch::randn(sizes).requires_grad_(true); }
-
-// The text of the error that `action` throws, or "" when it throws none.
-template <class Action>
-std::string error_of(const Action& action) {
-  try {
-    action();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "";
-}
-
-#define EXPECT_ERROR(statement, part)                                       \
-  do {                                                                      \
-    const auto text = error_of([&] { statement; });                         \
-    EXPECT_NE(text.find(part), std::string::npos) << "error was: " << text; \
-  } while (false)
 
 struct TwoLayers : torch::nn::Module {
   TwoLayers() {
@@ -154,17 +139,19 @@ TEST(NamedOptimizer, BadGroupsAndParametersAreNamed) {
     TwoLayers model;
     FusedAdamW optimizer(model, options);
   };
-  EXPECT_ERROR(with("*nrom*", "weight_decay = 0.0"), "'*nrom*' matches no parameter");
-  EXPECT_ERROR(with("*", "weight_decai = 0.0"), "did you mean 'weight_decay'?");
-  EXPECT_ERROR(with("*", "weight_decay = true"), "expected a number");
-  EXPECT_ERROR(with("*", "lr = 0.1\nlr_scale = 2.0"), "lr or lr_scale, got both");
-  EXPECT_ERROR(NamedOptimizer::parse_groups(ounce::Value(ounce::Value::Array{1})), "'match'");
-  EXPECT_ERROR(FusedAdamW(std::vector<at::Tensor>{}), "got none");
-  EXPECT_ERROR(FusedAdamW(NamedParameters{{"a", leaf({1})}, {"a", leaf({1})}}),
-               "'a' is empty or given");
-  EXPECT_ERROR(FusedAdamW(NamedParameters{{"a", leaf({1}) * 2}}), "leaf");
+  EXPECT_OUNCE_ERROR(with("*nrom*", "weight_decay = 0.0"), kUsage, "'*nrom*' matches no parameter");
+  EXPECT_OUNCE_ERROR(with("*", "weight_decai = 0.0"), kUsage, "did you mean 'weight_decay'?");
+  EXPECT_OUNCE_ERROR(with("*", "weight_decay = true"), kUsage, "expected a number");
+  EXPECT_OUNCE_ERROR(with("*", "lr = 0.1\nlr_scale = 2.0"), kUsage, "lr or lr_scale, got both");
+  EXPECT_OUNCE_ERROR(NamedOptimizer::parse_groups(ounce::Value(ounce::Value::Array{1})), kUsage,
+                     "'match'");
+  EXPECT_OUNCE_ERROR(FusedAdamW(std::vector<at::Tensor>{}), kUsage, "got none");
+  EXPECT_OUNCE_ERROR(FusedAdamW(NamedParameters{{"a", leaf({1})}, {"a", leaf({1})}}), kUsage,
+                     "'a' is empty or given");
+  EXPECT_OUNCE_ERROR(FusedAdamW(NamedParameters{{"a", leaf({1}) * 2}}), kUsage, "leaf");
   FusedAdamW optimizer(std::vector<at::Tensor>{leaf({2, 3})});
-  EXPECT_ERROR(optimizer.name_of(leaf({5})), "[5] is not a parameter of this optimizer");
+  EXPECT_OUNCE_ERROR(optimizer.name_of(leaf({5})), kUsage,
+                     "[5] is not a parameter of this optimizer");
 }
 
 // LibTorch keys state by position: loading it into the same parameters in another order swaps the
@@ -214,8 +201,7 @@ TEST(NamedOptimizer, LoadChecksNamesAndShapesAndChangesNothing) {
 
   const auto other = leaf({5});
   FusedAdamW reshaped(NamedParameters{{"a", a}, {"b", other}});
-  auto text = error_of([&] { torch::load(reshaped, file); });
-  EXPECT_NE(text.find("'b/exp_avg' is Float[3], here Float[5]"), std::string::npos) << text;
+  EXPECT_OUNCE_ERROR(torch::load(reshaped, file), kUsage, "'b/exp_avg' is Float[3], here Float[5]");
   struct Sum : ounce::StateVisitor {
     void tensor(std::string_view, at::Tensor& value, ounce::StateClass) override {
       total += value.abs().sum().item<double>();
@@ -232,14 +218,15 @@ TEST(NamedOptimizer, LoadChecksNamesAndShapesAndChangesNothing) {
   EXPECT_GT(reference.total, 0);
   FusedAdamW renamed(NamedParameters{{"a", a}, {"c", b}});
   file.seekg(0);
-  text = error_of([&] { torch::load(renamed, file); });
-  EXPECT_NE(text.find("'c/exp_avg' is missing"), std::string::npos) << text;
-  EXPECT_NE(text.find("'b/exp_avg' is not known here"), std::string::npos) << text;
+  ounce::test::expect_error(ounce::Fault::kUsage,
+                            {"'c/exp_avg' is missing", "'b/exp_avg' is not known here"},
+                            [&] { torch::load(renamed, file); });
 
   std::stringstream foreign;
   torch::optim::AdamW theirs(std::vector<at::Tensor>{a});
   torch::save(theirs, foreign);
-  EXPECT_ERROR(torch::load(renamed, foreign), "not written by an optimizer of this library");
+  EXPECT_OUNCE_ERROR(torch::load(renamed, foreign), kData,
+                     "not written by an optimizer of this library");
 }
 
 // LibTorch saves no state at all of a user's optimizer that does not override save.

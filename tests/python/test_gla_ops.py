@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""torch.ops.ounce.{chunk_gla, fused_recurrent_gla, gla_step_}: opcheck and torch.compile.
+"""torch.ops.ounce.{chunk_gla, fused_recurrent_gla, gla_step_, naive_recurrent_gla}: opcheck and torch.compile.
 
 OUNCE_OPS_LIB is the path of libounce_ops.so.
 """
@@ -35,6 +35,19 @@ class Opcheck(unittest.TestCase):
             q, k, v, g, h0 = tensors(1, 9, 2, 2, 4, 8, 6, n=3)
             cu = torch.tensor([0, 4, 4, 9])
             torch.library.opcheck(op, (q, k, v, g, h0, cu), {"output_final_state": True})
+
+    def test_the_definition(self):
+        q, k, v, g, h0 = tensors(1, 9, 2, 2, 4, 8, 6, n=3)
+        args = (q, k, v, g, h0, torch.tensor([0, 4, 4, 9]))
+        options = {"output_final_state": True}
+        torch.library.opcheck(OPS.naive_recurrent_gla.default, args, options,
+                              test_utils=("test_schema", "test_faketensor"))
+        for a, b in zip(OPS.naive_recurrent_gla(*args, **options), OPS.chunk_gla(*args, **options)):
+            torch.testing.assert_close(a, b)
+        o, _ = OPS.naive_recurrent_gla(q, k, v, g)
+        (d,) = torch.autograd.grad((o * o).sum(), q, create_graph=True)
+        d.square().sum().backward()
+        self.assertTrue(g.grad.abs().max() > 0)
 
     def test_backward_operator(self):
         q, k, v, g, h0 = tensors(2, 7, 2, 2, 2, 8, 6)
@@ -94,8 +107,9 @@ class Autocast(unittest.TestCase):
         with torch.autocast("cpu", torch.bfloat16):
             o, state = OPS.chunk_gla(q, k, v, g, h0, output_final_state=True)
             step = OPS.gla_step_(*[x.detach()[:, :1] for x in (q, k, v, g)], h0.detach().clone())
-        self.assertEqual((torch.bfloat16, torch.float, torch.bfloat16),
-                         (o.dtype, state.dtype, step.dtype))
+            defined, _ = OPS.naive_recurrent_gla(q, k, v, g, h0)
+        self.assertEqual((torch.bfloat16, torch.float, torch.bfloat16, torch.bfloat16),
+                         (o.dtype, state.dtype, step.dtype, defined.dtype))
         (o.float().sum() + state.sum()).backward()
         self.assertEqual({torch.float}, {x.grad.dtype for x in (q, k, v, g, h0)})
 

@@ -2,20 +2,17 @@
 """Reads event files with the real tensorboard.
 
 They are written by the test EventFiles.FramesAreWhole of the program test_train: found in
-OUNCE_EVENTS_DIR, or written to a temporary folder by OUNCE_TEST_TRAIN (default build/tests/test_train).
+OUNCE_EVENTS_DIR, or written to a temporary folder by the program that OUNCE_TEST_TRAIN names.
 """
 
 import math
 import os
-import pathlib
 import struct
 import subprocess
 import tempfile
 import unittest
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class TensorBoardTest(unittest.TestCase):
@@ -26,9 +23,8 @@ class TensorBoardTest(unittest.TestCase):
             temporary = tempfile.TemporaryDirectory()
             cls.addClassCleanup(temporary.cleanup)
             folder = temporary.name
-            program = os.environ.get("OUNCE_TEST_TRAIN", str(ROOT / "build/tests/test_train"))
             subprocess.run(
-                [program, "--gtest_filter=EventFiles.FramesAreWhole"],
+                [os.environ["OUNCE_TEST_TRAIN"], "--gtest_filter=EventFiles.FramesAreWhole"],
                 env={**os.environ, "OUNCE_EVENTS_DIR": folder},
                 check=True,
                 stdout=subprocess.DEVNULL,
