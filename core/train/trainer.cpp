@@ -76,6 +76,11 @@ struct Trainer::Impl {
   void say(const std::string& line) {
     if (!options.quiet) out << line << std::endl;
   }
+  void warn_of(const std::vector<std::string>& rejected) {
+    for (const auto& checkpoint : rejected) {
+      out << "WARNING: passed over a damaged checkpoint: " << checkpoint << std::endl;
+    }
+  }
   void write(const char* type, int64_t step, std::vector<Record::Field> fields) {
     for (const auto& sink : sinks) sink->write({type, step, fields});
   }
@@ -139,9 +144,7 @@ void Trainer::Impl::open_run() {
 
 void Trainer::Impl::resume() {
   const auto report = ckpt::load_checkpoint(resume_from, std::nullopt, objects());
-  for (const auto& rejected : report.rejected) {
-    out << "WARNING: passed over a damaged checkpoint: " << rejected << std::endl;
-  }
+  warn_of(report.rejected);
   for (const auto& earlier : ckpt::list_checkpoints(resume_from)) {
     const auto loss = earlier.metrics.find("val_loss");
     if (loss != earlier.metrics.end()) best_valid_loss = std::fmin(best_valid_loss, loss->second);
@@ -177,6 +180,7 @@ void Trainer::Impl::start() {
   // After the plan, whose passes may move what a part of the model keeps.
   if (!options.init_from.empty()) {
     const auto report = ckpt::load_weights(options.init_from, *session->model, options.init_map);
+    warn_of(report.rejected);
     say("initial weights from " + options.init_from + ": " + report.summary());
   }
   if (!options.dry_run) {

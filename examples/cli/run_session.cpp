@@ -6,6 +6,8 @@
 #include <ounce/core/train/config.h>
 #include <ounce/core/train/run_folder.h>
 
+#include <iostream>
+
 #include "commands.h"
 
 namespace ounce::cli {
@@ -22,7 +24,10 @@ std::unique_ptr<Session> open_run_session(const RunFlags& flags) {
   const auto folder = RunFolder::open(flags.run);
   const auto config = read_config(folder.file("config.toml"), flags.sets);
   auto session = std::make_unique<Session>(config, choose_device(flags.device));
-  ckpt::load_weights(folder.checkpoints(config), *session->model, {});
+  const auto report = ckpt::load_weights(folder.checkpoints(config), *session->model, {});
+  for (const auto& rejected : report.rejected) {
+    std::cerr << "WARNING: passed over a damaged checkpoint: " << rejected << std::endl;
+  }
   return session;
 }
 
