@@ -4,7 +4,6 @@
 // writes synchronously.
 #pragma once
 
-#include <ounce/core/options.h>
 #include <ounce/core/stateful.h>
 
 #include <cstdint>

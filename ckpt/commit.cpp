@@ -32,7 +32,7 @@ class Commit {
     try {
       write_step();
     } catch (const StorageError& error) {
-      if (published_ || !is_full(error.code())) throw;
+      if (!is_full(error.code())) throw;
       // What is needed against what is free now that the temporary folder is gone.
       throw_full(std::strerror(error.code()));
     }
