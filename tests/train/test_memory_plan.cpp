@@ -21,6 +21,8 @@ TEST(MemoryPlan, PredictsWhatStepsThenTake) {
       {"model.mixer=attention"},
       {"model.mixer=[\"gla\", \"attention\"]", "model.recompute=block"},
       {"model.mixer=attention", "model.loss=cross_entropy", "data.batch=3"},
+      {"model.mixer=gla", "data.accumulate=2"},
+      {"model.mixer=gla", "model.dim=256", "data.sequence=16", "data.accumulate=4"},
   };
   for (auto settings : cases) {
     std::string name;
@@ -32,7 +34,13 @@ TEST(MemoryPlan, PredictsWhatStepsThenTake) {
     const auto before = memory_use(at::kCPU).current;
     Session session(tiny_config(dir, settings), at::kCPU);
     const auto batch = session.dataset->train_batch(0);
-    const auto plan = measure_memory_plan(*session.learner, batch, at::kCPU);
+    const auto parts = session.config.integer("data.accumulate");
+    const auto rows = batch.tokens.size(0) / parts;
+    std::vector<data::Batch> micro_batches;
+    for (int64_t i = 0; i < parts; ++i) {
+      micro_batches.push_back(slice_rows(batch, i * rows, (i + 1) * rows));
+    }
+    const auto plan = measure_memory_plan(*session.learner, micro_batches[0], parts > 1, at::kCPU);
     int64_t parameters = 0;
     for (const auto& parameter : session.model->parameters()) parameters += parameter.numel();
     EXPECT_EQ(plan.state.weights, 4 * parameters);
@@ -42,7 +50,7 @@ TEST(MemoryPlan, PredictsWhatStepsThenTake) {
     reset_peak_memory(at::kCPU);
     StepControl control;
     control.lr = at::full({}, 1e-3);
-    for (int step = 0; step < 2; ++step) session.learner->step({batch}, control);
+    for (int step = 0; step < 2; ++step) session.learner->step(micro_batches, control);
     const auto measured = static_cast<double>(memory_use(at::kCPU).peak - before);
     const auto predicted = static_cast<double>(plan.peak - before);
     std::cout << name << "predicted " << predicted / 1048576 << " MiB, measured "
