@@ -25,7 +25,7 @@ class Refusals : public Train {
 };
 
 TEST_F(Refusals, FlagsNamesAndValues) {
-  expect_refusal("trian", 2, "");
+  expect_refusal("trian", 2, "did you mean 'train'");
   expect_refusal("train --sed 3", 2, "--sed");
   expect_refusal("train --config hybrid.toml --device cuda:77", 2, "cuda:77");
   expect_refusal("modules nothing_like_this_at_all", 2, "no kind or name");
@@ -63,7 +63,8 @@ TEST_F(Refusals, DataThatCannotBeUsed) {
   };
   for (const auto& [file, text] : wrong) {
     if (file == "locked.txt" && geteuid() == 0) continue;  // root reads everything
-    expect_refusal(base + "--set data.files=" + file, 4, text);
+    expect_refusal(base + "--out F --set data.files=" + file, 4, text);
+    EXPECT_FALSE(fs::exists(dir / "F")) << "the corrected command must not meet a run";
   }
   dir.write_file("short.txt", "too short");
   expect_refusal(base + "--set data.files=short.txt", 2, "give more data");
@@ -87,7 +88,7 @@ TEST_F(Refusals, TokensThatDoNotFitTheVocabulary) {
   dir.write_file("words.json", R"({"a": 0, "b": 70})");
   const auto tokens = [&](const std::string& file, const std::string& more = "") {
     return base + "--set 'data={name=\"tokens\",files=\"" + file +
-           "\",vocab_size=50,eos=-1,sequence=32,batch=4" + more + "}' --set run.sample_tokens=0 ";
+           "\",vocab_size=50,eos=-1,sequence=32,batch=4" + more + "}' ";
   };
   expect_refusal(tokens("large_id.bin"), 4, "the id 60 at token 1999");
   expect_refusal(tokens("truncated.bin"), 4, "'truncated.bin' is damaged");

@@ -10,7 +10,9 @@ TEST_F(Train, ResumeIsBitIdenticalToNeverHavingStopped) {
     const char *compute, *threads, *more;
     int half;
   };
-  // Wide enough in the last one that ATen splits its loops over both threads.
+  // Wide enough in the last one that ATen splits its loops over both threads; they do not spin
+  // while they wait, which would take other tests' cores.
+  const ScopedVariable waiting("OMP_WAIT_POLICY", "passive");
   const Case cases[] = {
       {"fp32", "1", "", 20},
       {"bf16", "1", "", 20},
