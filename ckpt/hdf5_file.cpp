@@ -38,6 +38,9 @@ class Handle {
 class QuietErrors {
  public:
   QuietErrors() {
+    // A file that libhdf5 could not close would be written again at exit, and crash it. All files
+    // are closed by hand.
+    [[maybe_unused]] static const herr_t once = H5dont_atexit();
     H5Eget_auto2(H5E_DEFAULT, &function_, &data_);
     H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
   }
@@ -58,6 +61,7 @@ std::string last_error() {
         return 0;
       },
       &text);
+  std::replace(text.begin(), text.end(), '\n', ' ');
   return text;
 }
 

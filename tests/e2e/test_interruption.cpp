@@ -162,5 +162,25 @@ TEST_F(Interruption, SurvivesKillNine) {
   for (size_t i = 0; i < train_rows.size(); ++i) ASSERT_EQ(train_rows[i].at("step"), i + 1);
 }
 
+TEST_F(Interruption, AFullDiskKeepsTheLastStep) {
+  ASSERT_EQ(train("--steps 20 --quiet --out K").exit_code, 0);
+  // No file may become as large as a checkpoint: saves in between fail loudly, the last one ends
+  // it.
+  const auto size = fs::file_size(dir / "K/ckpt/step_0000000020/rank00000.h5");
+  for (const auto limit : {size / 2, size - 4096}) {
+    Background program(
+        dir.path(),
+        {"train", "--device", "cpu", "--config", "hybrid.toml", "--resume", "auto", "--out", "K"},
+        limit);
+    const auto result = program.wait();
+    expect_one_line("full disk", result, 4, {"[checkpoint]", "'K/ckpt"});
+    EXPECT_NE(result.out.find("WARNING: step 30 was not saved"), std::string::npos) << result.out;
+    EXPECT_EQ(newest_step(), 20);
+    EXPECT_EQ(run("ckpt verify K").exit_code, 0);
+  }
+  EXPECT_EQ(train("--resume auto --out K").exit_code, 0);
+  EXPECT_EQ(newest_step(), 40);
+}
+
 }  // namespace
 }  // namespace ounce::test
