@@ -59,8 +59,10 @@ struct Trainer::Impl {
   TrainResult run();
 
   void open_run();
+  void open_checkpoints();
   void resume();
   void start();
+  void finish();
   void train();
   void take_step();
   void settle();
@@ -154,6 +156,15 @@ void Trainer::Impl::resume() {
   say("resumed from " + report.info.path + " at step " + std::to_string(progress.step));
 }
 
+void Trainer::Impl::open_checkpoints() {
+  const auto& config = options.config;
+  checkpointer = std::make_unique<ckpt::Checkpointer>(
+      ckpt::CheckpointerOptions{.root = folder->checkpoints(config),
+                                .keep_last = config.integer("checkpoint.keep_last"),
+                                .keep_every = config.integer("checkpoint.keep_every"),
+                                .keep_best = config.text("checkpoint.keep_best")});
+}
+
 void Trainer::Impl::start() {
   refuse_many_ranks();
   count_cpu_memory();
@@ -183,16 +194,14 @@ void Trainer::Impl::start() {
     warn_of(report.rejected);
     say("initial weights from " + options.init_from + ": " + report.summary());
   }
-  if (!options.dry_run) {
-    if (!folder) folder = RunFolder::create(options.out, options.name, config);
-    // Has the lock and has swept up before anything is read or changed.
-    checkpointer = std::make_unique<ckpt::Checkpointer>(
-        ckpt::CheckpointerOptions{.root = folder->checkpoints(config),
-                                  .keep_last = config.integer("checkpoint.keep_last"),
-                                  .keep_every = config.integer("checkpoint.keep_every"),
-                                  .keep_best = config.text("checkpoint.keep_best")});
-  }
+  // A run that there is already is locked and swept up before anything of it is read; a new one is
+  // made when nothing else can fail.
+  if (folder && !options.dry_run) open_checkpoints();
   if (!resume_from.empty()) resume();
+  if (!folder && !options.dry_run) {
+    folder = RunFolder::create(options.out, options.name, config);
+    open_checkpoints();
+  }
   for (const auto& line : start_block(*session, plan, progress.step, stop)) say(line);
   if (options.dry_run) return;
   if (!(folder->config() == config)) folder->write_config(config);
@@ -357,13 +366,20 @@ void Trainer::Impl::train() {
   settle();
 }
 
+void Trainer::Impl::finish() {
+  if (SignalGuard::received() == nullptr) evaluate(true);
+  save();
+  if (SignalGuard::received() == nullptr && options.config.integer("run.sample_tokens") > 0)
+    sample();
+}
+
 TrainResult Trainer::Impl::run() {
   const SignalGuard signals;
-  TrainResult result;
   try {
     start();
-    if (options.dry_run) return result;
+    if (options.dry_run) return {};
     train();
+    finish();
   } catch (const c10::Error& error) {
     if (!is_out_of_memory(error)) throw;
     if (!plan && session) plan = MemoryPlan{.state = session->learner->state_bytes()};
@@ -376,21 +392,17 @@ TrainResult Trainer::Impl::run() {
     fail(Fault::kProblem, "[train] out of memory at step ", progress.step, "; ",
          first_line(error.what_without_backtrace()));
   }
-  if (SignalGuard::received() == nullptr) evaluate(true);
-  save();
-  result.interrupted = SignalGuard::received() != nullptr;
-  if (!result.interrupted && options.config.integer("run.sample_tokens") > 0) sample();
   const auto shown = valid_step == progress.step ? valid_loss : std::nan("");
   for (const auto& line : end_block(*session, plan, shown)) out << line << std::endl;
-  result.step = progress.step;
-  result.valid_loss = valid_loss;
-  result.best_valid_loss = best_valid_loss;
-  result.folder = folder->path();
-  if (result.interrupted)
-    out << SignalGuard::received() << ": saved step " << progress.step << std::endl;
+  const auto* signal = SignalGuard::received();
+  if (signal != nullptr) out << signal << ": saved step " << progress.step << std::endl;
   out << "resume: ./ounce train --resume auto --out " << shell_quoted(folder->path()) << " --steps "
       << (progress.step < stop ? stop : 2 * stop) << options.resume_flags << std::endl;
-  return result;
+  return {.step = progress.step,
+          .valid_loss = valid_loss,
+          .best_valid_loss = best_valid_loss,
+          .folder = folder->path(),
+          .interrupted = signal != nullptr};
 }
 
 Trainer::Trainer(TrainerOptions options, std::ostream& out)

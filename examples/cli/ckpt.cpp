@@ -168,7 +168,9 @@ int verify(const std::vector<std::string>& paths, bool containers, bool as_json)
         report_on(root, report);
       }
     }
-    for (const auto& folder : folders) report_on(folder, verify_step(files, folder, containers));
+    for (const auto& folder : folders) {
+      report_on(folder, with_faults([&] { return verify_step(files, folder, containers); }));
+    }
   }
   if (as_json) print({{"good", good}, {"steps", all}});
   return good ? 0 : 1;
