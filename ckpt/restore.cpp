@@ -128,7 +128,8 @@ void load_step(const StepReader& reader, const Objects& objects) {
   fail(
       rejected.empty() ? Fault::kNotFound : Fault::kData,
       rejected.empty() ? "[checkpoint] no checkpoint in '" : "[checkpoint] no good checkpoint in '",
-      root, "'", rejected.empty() ? "" : "; rejected: ", c10::Join(", ", rejected));
+      root, "'", rejected.empty() ? "; train first, or name another folder" : "; rejected: ",
+      c10::Join(", ", rejected));
 }
 
 Scan scan_existing(FileSystem& files, const std::string& root) {
