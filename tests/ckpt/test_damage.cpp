@@ -3,7 +3,6 @@
 #include "ckpt/sample_state.h"
 #include "support/expect_error.h"
 
-#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <ounce/ckpt/hdf5_file.h>
 #include <ounce/ckpt/restore.h>
@@ -16,7 +15,7 @@ namespace ounce::ckpt {
 namespace {
 
 namespace fs = std::filesystem;
-using ::testing::HasSubstr;
+using ::testing::IsSubstring;
 
 std::string manifest_with(const std::string& tensors, const std::string& format = "1",
                           const std::string& file = "rank00000.h5", const std::string& step = "1",
@@ -225,9 +224,10 @@ TEST_F(Damage, VerifyNamesTensorAndBytes) {
   write_bytes(path, spoiled);
   const auto problems = verify_step(posix_file_system(), paths_[1], false).problems;
   ASSERT_EQ(problems.size(), 1u);
-  EXPECT_THAT(problems[0], HasSubstr("bytes " + std::to_string(offset) + " to " +
-                                     std::to_string(offset + 80000)));
-  EXPECT_THAT(problems[0], HasSubstr("in tensor 's/w'"));
+  EXPECT_PRED_FORMAT2(IsSubstring,
+                      "bytes " + std::to_string(offset) + " to " + std::to_string(offset + 80000),
+                      problems[0]);
+  EXPECT_PRED_FORMAT2(IsSubstring, "in tensor 's/w'", problems[0]);
 }
 
 TEST_F(Damage, ANewerFormatIsNotPassedOver) {
@@ -278,11 +278,12 @@ TEST_F(Damage, TheContainerIsComparedWithTheManifest) {
             "libhdf5 finds another shape of 's/w'");
   EXPECT_EQ(problem_of([](auto& tensor) { tensor.offset += 4096; }),
             "libhdf5 finds 's/w' at another offset");
-  EXPECT_THAT(problem_of([](auto& tensor) { tensor.name = "s/v"; }), HasSubstr("no dataset 's/v'"));
+  EXPECT_PRED_FORMAT2(IsSubstring, "no dataset 's/v'",
+                      problem_of([](auto& tensor) { tensor.name = "s/v"; }));
   write_bytes(path, "garbage");
   const auto problems = compare_container(path, manifest);
   ASSERT_EQ(problems.size(), 1u);
-  EXPECT_THAT(problems[0], HasSubstr("cannot open"));
+  EXPECT_PRED_FORMAT2(IsSubstring, "cannot open", problems[0]);
 }
 
 TEST_F(Damage, ADamagedContainerDoesNotReachUsThroughLibhdf5) {
