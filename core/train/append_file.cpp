@@ -33,11 +33,4 @@ void AppendFile::flush_to_disk() {
                  "': ", std::strerror(errno));
 }
 
-void sync_folder(const std::string& path) {
-  const int descriptor = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (descriptor < 0) return;
-  fsync(descriptor);
-  close(descriptor);
-}
-
 }  // namespace ounce

@@ -25,7 +25,4 @@ class AppendFile {
   int descriptor_;
 };
 
-// Makes the names in a folder durable; what cannot be synced (another's folder) is left alone.
-void sync_folder(const std::string& path);
-
 }  // namespace ounce

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-#include <fcntl.h>
+#include <ounce/ckpt/file_system.h>
+#include <ounce/ckpt/restore.h>
 #include <ounce/core/check.h>
-#include <ounce/core/train/append_file.h>
 #include <ounce/core/train/config.h>
 #include <ounce/core/train/run_folder.h>
 
@@ -88,22 +88,13 @@ RunFolder RunFolder::newest(const std::string& name) {
 Options RunFolder::config() const { return read_config(file("config.toml"), {}); }
 
 void RunFolder::write_config(const Options& config) const {
-  const auto temporary = file("config.toml.tmp");
-  {
-    AppendFile out(temporary, O_TRUNC);
-    out.append(config.to_toml());
-    out.flush_to_disk();
-  }
-  std::error_code error;
-  fs::rename(temporary, file("config.toml"), error);
-  OUNCE_CHECK_AS(Fault::kData, !error, "[run] cannot write '", file("config.toml"),
-                 "': ", error.message());
-  // The entries of the file, of the run and of the folder of runs.
-  const auto absolute = fs::absolute(path_);
-  for (const auto& folder :
-       {absolute, absolute.parent_path(), absolute.parent_path().parent_path()}) {
-    sync_folder(folder.string());
-  }
+  const auto files = ckpt::posix_file_system();
+  ckpt::with_faults(
+      [&] { ckpt::write_file_durably(*files, path_, "config.toml", config.to_toml()); });
+  // The entries of the run and of the folder of runs; another's folder, which cannot be synced, is
+  // left alone.
+  const auto parent = fs::absolute(path_).parent_path();
+  for (const auto& folder : {parent, parent.parent_path()}) files->sync_directory(folder.string());
 }
 
 std::string RunFolder::checkpoints(const Options& config) const {
