@@ -44,12 +44,13 @@ struct Checkpointer::Impl {
   std::vector<std::string> warnings;  // of the sweep, until the next save reports them
 
   void open() {
-    auto& root = options.root;
+    auto& level = options.levels.at(0);
+    auto& root = level.path;
     OUNCE_CHECK(!root.empty() && root.find('\0') == std::string::npos,
                 "[checkpoint] expected a folder, got '", root, "'");
-    OUNCE_CHECK(options.keep_last >= 0 && options.keep_every >= 0,
+    OUNCE_CHECK(level.keep_last >= 0 && level.keep_every >= 0,
                 "[checkpoint] expected keep_last and keep_every of at least 0, got ",
-                options.keep_last, " and ", options.keep_every);
+                level.keep_last, " and ", level.keep_every);
     while (root.size() > 1 && root.back() == '/') root.pop_back();
     if (!options.file_system) options.file_system = posix_file_system();
     make_directories(*options.file_system, root);
@@ -64,7 +65,7 @@ struct Checkpointer::Impl {
   // The writer reads one tensor at a time; `held` keeps the one it is reading.
   CommitRequest request(const Snapshot& snapshot, at::Tensor& held) const {
     CommitRequest request;
-    request.root = options.root;
+    request.root = options.levels[0].path;
     request.manifest.uuid = random_id();
     request.manifest.tensors = snapshot.tensors();
     request.manifest.scalars = snapshot.scalars();
@@ -77,9 +78,8 @@ struct Checkpointer::Impl {
     return request;
   }
 
-  SaveReport save(int64_t step, const Objects& objects,
-                  const std::map<std::string, std::string>& notes,
-                  const std::map<std::string, double>& metrics) {
+  SaveReport save(int64_t step, const Objects& objects, const SaveOptions& with) {
+    const auto& [notes, metrics, all] = with;
     const auto start = std::chrono::steady_clock::now();
     OUNCE_CHECK(step >= 0 && step <= kMostStep, "[checkpoint] expected a step of 0 to ", kMostStep,
                 ", got ", step);
@@ -91,7 +91,7 @@ struct Checkpointer::Impl {
     request.manifest.notes = notes;
     request.manifest.metrics = metrics;
     auto& files = *options.file_system;
-    auto steps = scan_root(files, options.root).steps;
+    auto steps = scan_root(files, options.levels[0].path).steps;
     if (!steps.empty()) request.manifest.sequence = steps.front().manifest.sequence + 1;
     auto result = commit_step(files, std::move(request));
     SaveReport report;
@@ -103,8 +103,9 @@ struct Checkpointer::Impl {
     // Behind the step just written: nothing else is known to be good.
     std::erase_if(steps, [&](const auto& entry) { return entry.manifest.step == step; });
     steps.insert(steps.begin(), {std::move(result.path), std::move(result.manifest)});
-    const RetentionRule rule{options.keep_last, options.keep_every, options.keep_best};
-    const auto removed = remove_steps(files, options.root, steps_to_remove(files, steps, rule));
+    const auto& level = options.levels[0];
+    const RetentionRule rule{level.keep_last, level.keep_every, level.keep_best};
+    const auto removed = remove_steps(files, level.path, steps_to_remove(files, steps, rule));
     report.warnings.insert(report.warnings.end(), removed.begin(), removed.end());
     enter("done");
     report.seconds =
@@ -120,10 +121,9 @@ Checkpointer::Checkpointer(CheckpointerOptions options) : impl_(new Impl) {
 
 Checkpointer::~Checkpointer() = default;
 
-SaveReport Checkpointer::save(int64_t step, const Objects& objects,
-                              const std::map<std::string, std::string>& notes,
-                              const std::map<std::string, double>& metrics) {
-  return writing([&] { return impl_->save(step, objects, notes, metrics); });
+SaveReport Checkpointer::save_and_wait(int64_t step, const Objects& objects,
+                                       const SaveOptions& options) {
+  return writing([&] { return impl_->save(step, objects, options); });
 }
 
 }  // namespace ounce::ckpt

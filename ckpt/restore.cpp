@@ -224,7 +224,7 @@ LoadReport read_step(std::shared_ptr<FileSystem> files, const std::string& path,
   const auto root = root_of(*files, path);
   if (step || is_step_folder(*files, root)) {
     const auto folder = resolve_step(*files, root, step);
-    return {read(folder, read_manifest(*files, folder)), {}};
+    return {.info = read(folder, read_manifest(*files, folder))};
   }
   for (bool again = false;; again = true) {
     const auto scan = scan_existing(*files, root);
@@ -233,7 +233,7 @@ LoadReport read_step(std::shared_ptr<FileSystem> files, const std::string& path,
     for (const auto& entry : scan.steps) {
       try {
         auto info = read(entry.path, entry.manifest);
-        return {std::move(info), std::move(rejected)};
+        return {.info = std::move(info), .rejected = std::move(rejected)};
       } catch (const StorageError& error) {
         // A writer replaced or removed it meanwhile: then there is a newer one.
         changed = !again && !stands(*files, entry);
@@ -260,14 +260,14 @@ std::vector<CheckpointInfo> list_checkpoints(const std::string& root,
 
 LoadReport load_checkpoint(const std::string& path, std::optional<int64_t> step,
                            const Objects& objects) {
-  return load_checkpoint(path, step, objects, posix_file_system());
+  return load_checkpoint({path}, objects, {.step = step});
 }
 
-LoadReport load_checkpoint(const std::string& path, std::optional<int64_t> step,
-                           const Objects& objects, std::shared_ptr<FileSystem> files) {
+LoadReport load_checkpoint(const std::vector<std::string>& paths, const Objects& objects,
+                           const LoadOptions& options) {
   return with_faults([&] {
-    return read_step(std::move(files), path, step,
-                     [&](const StepReader& reader) { load_step(reader, objects); });
+    return read_step(options.file_system ? options.file_system : posix_file_system(), paths.at(0),
+                     options.step, [&](const StepReader& reader) { load_step(reader, objects); });
   });
 }
 

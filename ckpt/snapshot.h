@@ -5,6 +5,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ounce/ckpt/checkpointer.h>
 #include <ounce/ckpt/manifest.h>
 #include <ounce/core/stateful.h>
 
@@ -13,8 +14,6 @@
 #include <vector>
 
 namespace ounce::ckpt {
-
-using Objects = std::vector<std::pair<std::string, Stateful*>>;
 
 // PyTorch's name of a dtype, and back; "" and nullopt-like ScalarType::Undefined when it cannot be
 // stored (quantised types).

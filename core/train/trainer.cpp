@@ -159,10 +159,10 @@ void Trainer::Impl::resume() {
 void Trainer::Impl::open_checkpoints() {
   const auto& config = options.config;
   checkpointer = std::make_unique<ckpt::Checkpointer>(
-      ckpt::CheckpointerOptions{.root = folder->checkpoints(config),
-                                .keep_last = config.integer("checkpoint.keep_last"),
-                                .keep_every = config.integer("checkpoint.keep_every"),
-                                .keep_best = config.text("checkpoint.keep_best")});
+      ckpt::CheckpointerOptions{.levels = {{.path = folder->checkpoints(config),
+                                            .keep_last = config.integer("checkpoint.keep_last"),
+                                            .keep_every = config.integer("checkpoint.keep_every"),
+                                            .keep_best = config.text("checkpoint.keep_best")}}});
 }
 
 void Trainer::Impl::start() {
@@ -330,11 +330,11 @@ void Trainer::Impl::save() {
   clock.pause();
   std::map<std::string, double> metrics;
   if (valid_step == progress.step && std::isfinite(valid_loss)) metrics["val_loss"] = valid_loss;
-  const auto report = checkpointer->save(progress.step, objects(),
-                                         {{"config", options.config.to_toml()},
-                                          {"command", options.command},
-                                          {"torch", TORCH_VERSION}},
-                                         metrics);
+  const auto report = checkpointer->save_and_wait(progress.step, objects(),
+                                                  {.notes = {{"config", options.config.to_toml()},
+                                                             {"command", options.command},
+                                                             {"torch", TORCH_VERSION}},
+                                                   .metrics = metrics});
   for (const auto& warning : report.warnings) out << "WARNING: " << warning << std::endl;
   saved_step = progress.step;
   write("ckpt", progress.step, {{"seconds", report.seconds}, {"bytes", report.bytes}});

@@ -48,8 +48,8 @@ SampleState every_dtype(uint64_t seed) {
 TEST(Checkpointer, KeepsEveryDtypeBitForBit) {
   const TemporaryFolder folder;
   auto saved = every_dtype(1);
-  Checkpointer writer({.root = folder.path()});
-  const auto report = writer.save(5, {{"all", &saved}});
+  Checkpointer writer({.levels = {{.path = folder.path()}}});
+  const auto report = writer.save_and_wait(5, {{"all", &saved}});
   EXPECT_GT(report.bytes, 8 << 20);
   auto loaded = every_dtype(2);
   ASSERT_FALSE(same_state(saved, loaded));
@@ -73,8 +73,9 @@ TEST(Checkpointer, KeepsScalarsExactly) {
   for (auto& [name, value] : loaded.integers) value = 7;
   for (auto& [name, value] : loaded.texts) value = "other";
   const std::string config(200000, 'x');
-  Checkpointer({.root = folder.path()})
-      .save(0, {{"", &saved}}, {{"config", config}}, {{"loss", NAN}});
+  Checkpointer({.levels = {{.path = folder.path()}}})
+      .save_and_wait(0, {{"", &saved}},
+                     {.notes = {{"config", config}}, .metrics = {{"loss", NAN}}});
   const auto info = load_checkpoint(folder.path(), 0, {{"", &loaded}}).info;
   EXPECT_TRUE(same_state(saved, loaded));
   EXPECT_EQ(info.notes.at("config"), config);
@@ -87,7 +88,7 @@ TEST(Checkpointer, LoadsIntoAndSavesFromStridedTensors) {
   SampleState saved, loaded;
   saved.tensors = {{"t", base.t()}, {"slice", base.slice(1, 0, 8, 3)}};
   loaded.tensors = {{"t", at::zeros({6, 8}).t()}, {"slice", at::zeros({3, 6}).t()}};
-  Checkpointer({.root = folder.path()}).save(1, {{"m", &saved}});
+  Checkpointer({.levels = {{.path = folder.path()}}}).save_and_wait(1, {{"m", &saved}});
   load_checkpoint(folder.path(), std::nullopt, {{"m", &loaded}});
   EXPECT_TRUE(same_state(saved, loaded));
 }
@@ -100,7 +101,8 @@ TEST(Checkpointer, StoresTiedTensorsOnce) {
   loaded.tensors = {{"embed", at::zeros({1 << 18})},
                     {"z/head", at::zeros({1 << 18})},
                     {"view", at::zeros({1 << 17, 2})}};
-  const auto report = Checkpointer({.root = folder.path()}).save(1, {{"m", &saved}});
+  const auto report =
+      Checkpointer({.levels = {{.path = folder.path()}}}).save_and_wait(1, {{"m", &saved}});
   EXPECT_LT(report.bytes, int64_t{7} << 19) << "one of the three is a link to the first";
   EXPECT_TRUE(verify_step(posix_file_system(), report.info.path, true).problems.empty());
   load_checkpoint(folder.path(), std::nullopt, {{"m", &loaded}});
@@ -116,7 +118,7 @@ TEST(Checkpointer, TellsViewsOfTheSameMemoryApart) {
                     {"b", at::zeros_like(value)},
                     {"c", at::zeros_like(real)},
                     {"d", at::zeros_like(real)}};
-  Checkpointer({.root = folder.path()}).save(1, {{"m", &saved}});
+  Checkpointer({.levels = {{.path = folder.path()}}}).save_and_wait(1, {{"m", &saved}});
   load_checkpoint(folder.path(), std::nullopt, {{"m", &loaded}});
   EXPECT_TRUE(at::equal(loaded.tensors[0].value, value));
   EXPECT_TRUE(at::equal(loaded.tensors[1].value, value.conj()));
@@ -131,7 +133,7 @@ TEST(Checkpointer, RestoresGenerators) {
     void visit_state(StateVisitor& visitor) override { visit_generator(generator, "cpu", visitor); }
   } saved, loaded;
   at::randn({5}, saved.generator);
-  Checkpointer({.root = folder.path()}).save(1, {{"rng", &saved}});
+  Checkpointer({.levels = {{.path = folder.path()}}}).save_and_wait(1, {{"rng", &saved}});
   const auto expected = at::randn({9}, saved.generator);
   load_checkpoint(folder.path(), std::nullopt, {{"rng", &loaded}});
   EXPECT_TRUE(same_bits(expected, at::randn({9}, loaded.generator)));
@@ -139,7 +141,7 @@ TEST(Checkpointer, RestoresGenerators) {
 
 TEST(Checkpointer, RefusesNamesThatCannotBeStored) {
   const TemporaryFolder folder;
-  Checkpointer writer({.root = folder.path()});
+  Checkpointer writer({.levels = {{.path = folder.path()}}});
   const std::string bad[] = {
       "",        std::string("a\0b", 3), "..", "a/../b", "a//b", "/a", "a/.", "\xff",
       "_ckpt/x", std::string(2000, 'n')};
@@ -147,15 +149,15 @@ TEST(Checkpointer, RefusesNamesThatCannotBeStored) {
     SampleState state;
     state.tensors = {{name, at::zeros(1)}};
     SCOPED_TRACE(name);
-    EXPECT_OUNCE_ERROR(writer.save(1, {{"", &state}}), kUsage, "name");
+    EXPECT_OUNCE_ERROR(writer.save_and_wait(1, {{"", &state}}), kUsage, "name");
   }
   SampleState twice;
   twice.tensors = {{"a", at::zeros(1)}};
   twice.integers = {{"a", 1}};
-  EXPECT_OUNCE_ERROR(writer.save(1, {{"", &twice}}), kUsage, "twice");
+  EXPECT_OUNCE_ERROR(writer.save_and_wait(1, {{"", &twice}}), kUsage, "twice");
   SampleState nested;
   nested.tensors = {{"a", at::zeros(1)}, {"a/b", at::zeros(1)}};
-  EXPECT_OUNCE_ERROR(writer.save(1, {{"", &nested}}), kUsage, "'a/b'");
+  EXPECT_OUNCE_ERROR(writer.save_and_wait(1, {{"", &nested}}), kUsage, "'a/b'");
   EXPECT_TRUE(steps_in(folder.path()).empty());
   for (const auto& entry : fs::directory_iterator(folder.path())) {
     EXPECT_EQ(entry.path().filename(), "LOCK");
@@ -164,19 +166,19 @@ TEST(Checkpointer, RefusesNamesThatCannotBeStored) {
 
 TEST(Checkpointer, RefusesTensorsWithoutValues) {
   const TemporaryFolder folder;
-  Checkpointer writer({.root = folder.path()});
+  Checkpointer writer({.levels = {{.path = folder.path()}}});
   const at::Tensor bad[] = {at::Tensor(), at::zeros({2}).to_sparse(), at::empty({2}, at::kMeta),
                             at::zeros(std::vector<int64_t>(33, 1))};
   for (const auto& tensor : bad) {
     SampleState state;
     state.tensors = {{"t", tensor}};
-    EXPECT_OUNCE_ERROR(writer.save(1, {{"", &state}}), kUsage, "");
+    EXPECT_OUNCE_ERROR(writer.save_and_wait(1, {{"", &state}}), kUsage, "");
   }
   auto state = small_state(1);
   for (const int64_t step : {int64_t{-1}, kMostStep + 1, std::numeric_limits<int64_t>::max()}) {
-    EXPECT_OUNCE_ERROR(writer.save(step, {{"", &state}}), kUsage, "");
+    EXPECT_OUNCE_ERROR(writer.save_and_wait(step, {{"", &state}}), kUsage, "");
   }
-  writer.save(kMostStep, {{"", &state}});
+  writer.save_and_wait(kMostStep, {{"", &state}});
   EXPECT_EQ(steps_in(folder.path()), std::vector<int64_t>{kMostStep});
 }
 
@@ -188,7 +190,7 @@ TEST(Checkpointer, ListsEveryDifferenceAndChangesNothing) {
                    {"shape", at::ones({4})},
                    {"dtype", at::ones({2})}};
   saved.integers = {{"count", 3}, {"kind", 1}};
-  Checkpointer({.root = folder.path()}).save(1, {{"m", &saved}});
+  Checkpointer({.levels = {{.path = folder.path()}}}).save_and_wait(1, {{"m", &saved}});
   SampleState wanted;
   wanted.tensors = {{"same", at::zeros({2})},
                     {"new", at::zeros({3})},
@@ -216,7 +218,8 @@ TEST(Checkpointer, TellsNothingThereFromNothingGood) {
   };
   EXPECT_OUNCE_ERROR(load(folder.path() + "/absent", std::nullopt), kNotFound, "no checkpoint in");
   EXPECT_OUNCE_ERROR(load(folder.path(), std::nullopt), kNotFound, "no checkpoint in");
-  const auto info = Checkpointer({.root = folder.path()}).save(1, {{"", &state}}).info;
+  const auto info =
+      Checkpointer({.levels = {{.path = folder.path()}}}).save_and_wait(1, {{"", &state}}).info;
   EXPECT_OUNCE_ERROR(load(folder.path(), 2), kNotFound, "there: 1");
   EXPECT_NO_THROW(load(info.path, std::nullopt));
   fs::resize_file(info.path + "/rank00000.h5", 100);
@@ -227,10 +230,10 @@ TEST(Checkpointer, TellsNothingThereFromNothingGood) {
 TEST(Checkpointer, FallsBackToTheNewestGoodStep) {
   const TemporaryFolder folder;
   std::vector<SampleState> states;
-  Checkpointer writer({.root = folder.path(), .keep_last = 0});
+  Checkpointer writer({.levels = {{.path = folder.path(), .keep_last = 0}}});
   for (int step = 0; step < 4; ++step) {
     states.push_back(small_state(step));
-    writer.save(step, {{"s", &states.back()}});
+    writer.save_and_wait(step, {{"s", &states.back()}});
   }
   const auto path = [&](int step) { return folder.path() + "/" + step_name(step); };
   fs::resize_file(path(3) + "/rank00000.h5", 5000);
@@ -241,17 +244,17 @@ TEST(Checkpointer, FallsBackToTheNewestGoodStep) {
   EXPECT_TRUE(same_state(loaded, states[1]));
   EXPECT_EQ(report.rejected.size(), 2u);
   // The next writer replaces what is bad and goes on.
-  writer.save(3, {{"s", &states[3]}});
+  writer.save_and_wait(3, {{"s", &states[3]}});
   EXPECT_EQ(load_checkpoint(folder.path(), std::nullopt, {{"s", &loaded}}).info.step, 3);
   EXPECT_TRUE(same_state(loaded, states[3]));
 }
 
 TEST(Checkpointer, TheLastCommitIsTheNewestWhateverItsStep) {
   const TemporaryFolder folder;
-  Checkpointer writer({.root = folder.path(), .keep_last = 2});
+  Checkpointer writer({.levels = {{.path = folder.path(), .keep_last = 2}}});
   auto state = small_state(1), loaded = small_state(2);
-  for (const int step : {10, 20, 30}) writer.save(step, {{"s", &state}});
-  writer.save(15, {{"s", &state}});  // resumed from 10: another branch
+  for (const int step : {10, 20, 30}) writer.save_and_wait(step, {{"s", &state}});
+  writer.save_and_wait(15, {{"s", &state}});  // resumed from 10: another branch
   EXPECT_EQ(steps_in(folder.path()), (std::vector<int64_t>{15, 30}));
   EXPECT_EQ(load_checkpoint(folder.path(), std::nullopt, {{"s", &loaded}}).info.step, 15);
 }
@@ -260,9 +263,9 @@ TEST(Checkpointer, RemovesOnlyWhatTheRulesLetGo) {
   const TemporaryFolder folder;
   auto state = small_state(1);
   Checkpointer writer(
-      {.root = folder.path(), .keep_last = 2, .keep_every = 50, .keep_best = "loss"});
+      {.levels = {{.path = folder.path(), .keep_last = 2, .keep_every = 50, .keep_best = "loss"}}});
   const auto save = [&](int64_t step, double loss) {
-    return writer.save(step, {{"s", &state}}, {}, {{"loss", loss}});
+    return writer.save_and_wait(step, {{"s", &state}}, {.metrics = {{"loss", loss}}});
   };
   save(10, 3.0);
   save(20, 1.0);
@@ -277,24 +280,24 @@ TEST(Checkpointer, RefusesASecondWriter) {
   const TemporaryFolder folder;
   const std::string root = folder.path() + "/a/b c/µ";
   {
-    const Checkpointer first({.root = root});
+    const Checkpointer first({.levels = {{.path = root}}});
     char host[256];
     ::gethostname(host, sizeof(host));
-    EXPECT_OUNCE_ERROR(Checkpointer({.root = root + "/"}), kProblem,
+    EXPECT_OUNCE_ERROR(Checkpointer({.levels = {{.path = root + "/"}}}), kProblem,
                        "process " + std::to_string(::getpid()) + " on host '" + host);
   }
   // A holder that died, on this machine before and after a reboot.
   for (const auto& boot : {"", "another boot"}) {
     std::ofstream(root + "/LOCK") << R"({"host":"elsewhere","pid":4194304,"boot":")" << boot
                                   << "\"}";
-    EXPECT_NO_THROW(Checkpointer({.root = root}));
+    EXPECT_NO_THROW(Checkpointer({.levels = {{.path = root}}}));
   }
 }
 
 TEST(Checkpointer, SaysAtOnceThatTheRootCannotBeUsed) {
   const TemporaryFolder folder;
   std::ofstream(folder.path() + "/file") << "x";
-  const auto open = [](const std::string& root) { Checkpointer({.root = root}); };
+  const auto open = [](const std::string& root) { Checkpointer({.levels = {{.path = root}}}); };
   EXPECT_OUNCE_ERROR(open(folder.path() + "/file"), kData, "file");
   EXPECT_OUNCE_ERROR(open(folder.path() + "/file/below"), kData, "below");
   EXPECT_OUNCE_ERROR(open(""), kUsage, "expected a folder");
@@ -317,7 +320,7 @@ TEST(Checkpointer, ClearsWhatDeadWritersLeft) {
   make(".old-step_0000000004-ab");
   make("step_0000000004");
   make("mine");
-  const Checkpointer writer({.root = folder.path()});
+  const Checkpointer writer({.levels = {{.path = folder.path()}}});
   std::set<std::string> names;
   for (const auto& entry : fs::directory_iterator(folder.path()))
     names.insert(entry.path().filename());
@@ -328,9 +331,9 @@ TEST(Checkpointer, NeverFollowsTheHint) {
   const TemporaryFolder folder;
   auto state = small_state(1), loaded = small_state(2);
   {
-    Checkpointer writer({.root = folder.path()});
-    writer.save(1, {{"s", &state}});
-    writer.save(2, {{"s", &state}});
+    Checkpointer writer({.levels = {{.path = folder.path()}}});
+    writer.save_and_wait(1, {{"s", &state}});
+    writer.save_and_wait(2, {{"s", &state}});
   }
   const auto hint = folder.path() + "/LATEST";
   const std::function<void()> spoil[] = {
@@ -344,7 +347,7 @@ TEST(Checkpointer, NeverFollowsTheHint) {
   for (const auto& action : spoil) {
     action();
     EXPECT_EQ(load_checkpoint(folder.path(), std::nullopt, {{"s", &loaded}}).info.step, 2);
-    Checkpointer({.root = folder.path()}).save(2, {{"s", &state}});
+    Checkpointer({.levels = {{.path = folder.path()}}}).save_and_wait(2, {{"s", &state}});
     fs::remove_all(hint);
   }
 }
@@ -352,7 +355,8 @@ TEST(Checkpointer, NeverFollowsTheHint) {
 TEST(Checkpointer, ReadsThroughALinkToTheRootAndRunFolders) {
   const TemporaryFolder folder;
   auto state = small_state(1), loaded = small_state(2);
-  Checkpointer({.root = folder.path() + "/run/ckpt"}).save(7, {{"s", &state}});
+  Checkpointer({.levels = {{.path = folder.path() + "/run/ckpt"}}})
+      .save_and_wait(7, {{"s", &state}});
   fs::create_directory_symlink("run/ckpt", folder.path() + "/link");
   for (const auto* path : {"/run", "/run/", "/run/ckpt", "/link", "/run/ckpt/step_0000000007"}) {
     EXPECT_EQ(load_checkpoint(folder.path() + path, std::nullopt, {{"s", &loaded}}).info.step, 7);

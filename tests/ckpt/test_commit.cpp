@@ -46,14 +46,14 @@ bool save_with_fault(FaultyFileSystem& faults, int64_t second,
   auto first = tiny_state(1), next = tiny_state(second);
   auto files = std::make_shared<FaultyFileSystem>();
   files->no_exchange = faults.no_exchange;
-  Checkpointer writer({.root = folder.path(), .keep_last = 1, .file_system = files});
-  writer.save(1, {{"s", &first}});
+  Checkpointer writer({.levels = {{.path = folder.path(), .keep_last = 1}}, .file_system = files});
+  writer.save_and_wait(1, {{"s", &first}});
   files->fail_at = files->calls + faults.fail_at;
   files->error = faults.error;
   files->persistent = faults.persistent;
   bool announced = false;
   try {
-    writer.save(second, {{"s", &next}});
+    writer.save_and_wait(second, {{"s", &next}});
     announced = true;
   } catch (const Error& error) {
     const std::string text = error.what_without_backtrace();
@@ -66,7 +66,7 @@ bool save_with_fault(FaultyFileSystem& faults, int64_t second,
   const auto newest = load_and_check(folder.path());
   EXPECT_TRUE(!announced || newest == second) << "lost an announced step";
   // The same writer and a new one go on.
-  writer.save(3, {{"s", &(next = tiny_state(3))}});
+  writer.save_and_wait(3, {{"s", &(next = tiny_state(3))}});
   EXPECT_EQ(load_and_check(folder.path()), 3);
   return reached;
 }
@@ -108,12 +108,14 @@ TEST(Commit, SurvivesTheFailureOfAnyCallWhileReplacing) {
 TEST(Commit, AStepThatIsBeingReplacedIsReadAndPutBack) {
   const TemporaryFolder folder;
   auto state = tiny_state(1);
-  const auto path = Checkpointer({.root = folder.path()}).save(1, {{"s", &state}}).info.path;
+  const auto path = Checkpointer({.levels = {{.path = folder.path()}}})
+                        .save_and_wait(1, {{"s", &state}})
+                        .info.path;
   // Where a writer without RENAME_EXCHANGE dies between its two renames.
   fs::rename(path, folder.path() + "/.old-step_0000000001-ab");
   EXPECT_EQ(load_and_check(folder.path()), 1);
   EXPECT_FALSE(fs::exists(path)) << "a reader changes nothing";
-  const Checkpointer writer({.root = folder.path()});
+  const Checkpointer writer({.levels = {{.path = folder.path()}}});
   EXPECT_TRUE(fs::exists(path));
   EXPECT_EQ(load_and_check(folder.path()), 1);
 }
@@ -125,12 +127,13 @@ TEST(Commit, AReaderFindsAWholeStepWhileTheWriterGoesOn) {
     for (int64_t k = 0; reached; ++k) {
       const TemporaryFolder folder(/*in_memory=*/true);
       auto first = tiny_state(1), next = tiny_state(2), loaded = tiny_state(9);
-      Checkpointer writer({.root = folder.path(), .keep_last = 1});
-      writer.save(1, {{"s", &first}});
+      Checkpointer writer({.levels = {{.path = folder.path(), .keep_last = 1}}});
+      writer.save_and_wait(1, {{"s", &first}});
       auto files = std::make_shared<FaultyFileSystem>();
       files->fail_at = k;
-      files->instead = [&] { writer.save(second, {{"s", &next}}); };
-      const auto report = load_checkpoint(folder.path(), std::nullopt, {{"s", &loaded}}, files);
+      files->instead = [&] { writer.save_and_wait(second, {{"s", &next}}); };
+      const auto report =
+          load_checkpoint({folder.path()}, {{"s", &loaded}}, {.file_system = files});
       EXPECT_TRUE(same_state(loaded, first) || same_state(loaded, next)) << k;
       EXPECT_TRUE(report.rejected.empty()) << report.rejected.front();
       reached = !files->failed.empty();
@@ -141,21 +144,21 @@ TEST(Commit, AReaderFindsAWholeStepWhileTheWriterGoesOn) {
 
 TEST(Commit, ARootThatVanishesIsAFailedWrite) {
   const TemporaryFolder folder;
-  Checkpointer writer({.root = folder.path() + "/root"});
+  Checkpointer writer({.levels = {{.path = folder.path() + "/root"}}});
   fs::remove_all(folder.path() + "/root");
   auto state = tiny_state(1);
-  EXPECT_OUNCE_ERROR(writer.save(1, {{"s", &state}}), kData, "No such file");
+  EXPECT_OUNCE_ERROR(writer.save_and_wait(1, {{"s", &state}}), kData, "No such file");
 }
 
 TEST(Commit, FailsAfterTwoFailedSyncs) {
   const TemporaryFolder folder;
   auto files = std::make_shared<FaultyFileSystem>();
-  Checkpointer writer({.root = folder.path(), .file_system = files});
+  Checkpointer writer({.levels = {{.path = folder.path()}}, .file_system = files});
   files->only = "sync";
   files->persistent = true;
   files->fail_at = files->calls = 0;
   auto state = tiny_state(1);
-  EXPECT_THROW(writer.save(1, {{"s", &state}}), Error);
+  EXPECT_THROW(writer.save_and_wait(1, {{"s", &state}}), Error);
   EXPECT_EQ(files->calls, 2) << "never a second sync of the same file";
   EXPECT_FALSE(fs::exists(folder.path() + "/step_0000000001"));
 }
@@ -166,16 +169,16 @@ TEST(Commit, TellsWhatAFullDiskLacks) {
   for (const auto& [kind, call] : std::initializer_list<std::pair<const char*, int>>{
            {"allocate", 0}, {"pwrite", 0}, {"pwrite", 1}, {"sync", 0}}) {
     auto files = std::make_shared<FaultyFileSystem>();
-    Checkpointer writer({.root = folder.path(), .file_system = files});
+    Checkpointer writer({.levels = {{.path = folder.path()}}, .file_system = files});
     auto state = tiny_state(1);
-    writer.save(1, {{"s", &state}});
+    writer.save_and_wait(1, {{"s", &state}});
     files->only = kind;
     files->error = ENOSPC;
     files->calls = 0;
     files->fail_at = call;
     auto next = tiny_state(2);
     test::expect_error(Fault::kData, {"no room for step 2 in '", " bytes, ", "bytes free"}, [&] {
-      writer.save(2, {{"s", &next}});
+      writer.save_and_wait(2, {{"s", &next}});
     });
     EXPECT_EQ(load_and_check(folder.path()), 1);
     std::set<std::string> names;
@@ -188,11 +191,11 @@ TEST(Commit, TellsWhatAFullDiskLacks) {
 
 TEST(Commit, RefusesWhatCannotFitBeforeItWritesAnything) {
   const TemporaryFolder folder;
-  Checkpointer writer({.root = folder.path()});
+  Checkpointer writer({.levels = {{.path = folder.path()}}});
   SampleState state;
   // 2^60 bytes, all in one value.
   state.tensors = {{"huge", at::zeros({1}).expand({int64_t{1} << 58})}};
-  EXPECT_OUNCE_ERROR(writer.save(1, {{"s", &state}}), kData, "no room for step 1");
+  EXPECT_OUNCE_ERROR(writer.save_and_wait(1, {{"s", &state}}), kData, "no room for step 1");
 }
 
 TEST(Commit, WritesWholeFilesThroughShortAndInterruptedCalls) {
@@ -201,9 +204,9 @@ TEST(Commit, WritesWholeFilesThroughShortAndInterruptedCalls) {
   files->short_transfers = true;
   files->no_allocate = true;
   auto state = small_state(4, 500000), loaded = small_state(5, 500000);
-  Checkpointer writer({.root = folder.path(), .file_system = files});
-  writer.save(4, {{"s", &state}});
-  load_checkpoint(folder.path(), std::nullopt, {{"s", &loaded}}, files);
+  Checkpointer writer({.levels = {{.path = folder.path()}}, .file_system = files});
+  writer.save_and_wait(4, {{"s", &state}});
+  load_checkpoint({folder.path()}, {{"s", &loaded}}, {.file_system = files});
   EXPECT_TRUE(same_state(state, loaded));
 }
 
@@ -211,7 +214,7 @@ TEST(Commit, ALoadThatFailsChangesNothing) {
   const TemporaryFolder folder;
   auto files = std::make_shared<FaultyFileSystem>();
   auto state = small_state(4);
-  Checkpointer({.root = folder.path()}).save(4, {{"s", &state}});
+  Checkpointer({.levels = {{.path = folder.path()}}}).save_and_wait(4, {{"s", &state}});
   int failures = 0;
   for (int64_t k = 0;; ++k) {
     auto loaded = small_state(5);
@@ -219,7 +222,7 @@ TEST(Commit, ALoadThatFailsChangesNothing) {
     files->fail_at = k;
     files->failed.clear();
     try {
-      load_checkpoint(folder.path(), std::nullopt, {{"s", &loaded}}, files);
+      load_checkpoint({folder.path()}, {{"s", &loaded}}, {.file_system = files});
       EXPECT_TRUE(same_state(loaded, state));
     } catch (const Error& error) {
       EXPECT_TRUE(same_state(loaded, small_state(5))) << files->failed;
@@ -234,7 +237,7 @@ TEST(Commit, ALoadThatFailsChangesNothing) {
 TEST(Commit, SurvivesAFailureInsideTheHdf5Library) {
   const TemporaryFolder folder;
   auto state = tiny_state(1);
-  Checkpointer({.root = folder.path()}).save(1, {{"s", &state}});
+  Checkpointer({.levels = {{.path = folder.path()}}}).save_and_wait(1, {{"s", &state}});
   for (const rlim_t limit : {4096, 200000, 1049000}) {
     const auto child = ::fork();
     if (child == 0) {
@@ -244,7 +247,7 @@ TEST(Commit, SurvivesAFailureInsideTheHdf5Library) {
       int code = 1;
       try {
         auto next = tiny_state(2);
-        Checkpointer({.root = folder.path()}).save(2, {{"s", &next}});
+        Checkpointer({.levels = {{.path = folder.path()}}}).save_and_wait(2, {{"s", &next}});
       } catch (const Error& error) {
         const std::string text = error.what_without_backtrace();
         code = text.find("no room for step 2") == std::string::npos ? 2 : 0;

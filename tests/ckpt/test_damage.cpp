@@ -130,10 +130,10 @@ TEST(Manifest, NamesStepsBothWays) {
 class Damage : public ::testing::Test {
  protected:
   void SetUp() override {
-    Checkpointer writer({.root = folder_.path(), .keep_last = 0});
+    Checkpointer writer({.levels = {{.path = folder_.path(), .keep_last = 0}}});
     for (const int step : {1, 2}) {
       auto state = small_state(step, 20000);
-      paths_.push_back(writer.save(step, {{"s", &state}}).info.path);
+      paths_.push_back(writer.save_and_wait(step, {{"s", &state}}).info.path);
     }
   }
 

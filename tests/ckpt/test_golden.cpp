@@ -67,8 +67,9 @@ SampleState golden_state() {
 TEST(Golden, IsReadBitForBit) {
   auto expected = golden_state();
   if (const char* target = std::getenv("OUNCE_WRITE_GOLDEN")) {
-    Checkpointer({.root = target})
-        .save(7, {{"", &expected}}, {{"config", "[model]\ndim = 5\n"}}, {{"loss", 1.25}});
+    Checkpointer({.levels = {{.path = target}}})
+        .save_and_wait(7, {{"", &expected}},
+                       {.notes = {{"config", "[model]\ndim = 5\n"}}, .metrics = {{"loss", 1.25}}});
   }
   const char* other = std::getenv("OUNCE_WRITE_GOLDEN");
   const auto root =

@@ -65,7 +65,7 @@ TEST(InitFrom, ReadsTheWeightsOfACheckpointOnly) {
                    {"model/count", at::full({}, 7, at::kLong)},
                    {"optim/a.weight/exp_avg", at::randn({2, 3})}};
   state.integers = {{"step", 3}};
-  Checkpointer({.root = folder.path()}).save(3, {{"", &state}});
+  Checkpointer({.levels = {{.path = folder.path()}}}).save_and_wait(3, {{"", &state}});
   Pair module;
   EXPECT_TRUE(load_weights(folder.path(), module).good());
   EXPECT_TRUE(same_bits(module.a.detach(), a));
@@ -74,14 +74,14 @@ TEST(InitFrom, ReadsTheWeightsOfACheckpointOnly) {
 
 TEST(InitFrom, PassesOverDamagedStepsAndStopsAtALaterVersions) {
   const TemporaryFolder folder;
-  Checkpointer writer({.root = folder.path(), .keep_last = 0});
+  Checkpointer writer({.levels = {{.path = folder.path(), .keep_last = 0}}});
   std::vector<std::string> paths;
   for (const int64_t step : {1, 2, 3}) {
     SampleState state;
     state.tensors = {{"model/a", at::full({2, 3}, static_cast<float>(step))},
                      {"model/b", at::zeros({2}, at::kBFloat16)},
                      {"model/count", at::full({}, step, at::kLong)}};
-    paths.push_back(writer.save(step, {{"", &state}}).info.path);
+    paths.push_back(writer.save_and_wait(step, {{"", &state}}).info.path);
   }
   std::filesystem::resize_file(paths[2] + "/rank00000.h5", 5000);
   write_bytes(paths[1] + "/manifest.json", "{}");

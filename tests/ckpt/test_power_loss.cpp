@@ -47,7 +47,7 @@ int64_t loaded_from(const Disk::Picture& picture) {
     }
   };
   const auto found = load();
-  Checkpointer({.root = folder.path() + kRoot});
+  Checkpointer({.levels = {{.path = folder.path() + kRoot}}});
   return load() == found ? found : kBroken;
 }
 
@@ -63,11 +63,11 @@ Scenario record(bool no_exchange, int64_t keep_last,
   const auto files = std::make_shared<RecordingFileSystem>(folder.path());
   files->no_exchange = no_exchange;
   Checkpointer writer(
-      {.root = folder.path() + kRoot, .keep_last = keep_last, .file_system = files});
+      {.levels = {{.path = folder.path() + kRoot, .keep_last = keep_last}}, .file_system = files});
   Scenario scenario;
   for (const auto& [step, seed] : saves) {
     auto state = state_of(seed);
-    writer.save(step, {{"s", &state}});
+    writer.save_and_wait(step, {{"s", &state}});
     scenario.announced.emplace_back(files->log.size(), seed);
   }
   scenario.log = files->log;

@@ -63,19 +63,19 @@ int64_t newest_step(const std::string& root) {
 
 [[noreturn]] void write_forever(const std::string& root, Progress& progress) {
   try {
-    Checkpointer writer({.root = root, .keep_last = 2, .on_phase = [&](const char* phase) {
-                           progress.phase = phase_index(phase);
-                           if (progress.phase != progress.stop_in ||
-                               progress.saves < progress.stop_save) {
-                             return;
-                           }
-                           progress.stopped = true;
-                           for (;;) ::pause();
-                         }});
+    Checkpointer writer(
+        {.levels = {{.path = root, .keep_last = 2}}, .on_phase = [&](const char* phase) {
+           progress.phase = phase_index(phase);
+           if (progress.phase != progress.stop_in || progress.saves < progress.stop_save) {
+             return;
+           }
+           progress.stopped = true;
+           for (;;) ::pause();
+         }});
     for (int64_t step = newest_step(root) + 1;; ++step) {
       auto state = small_state(step, kElements);
       ++progress.saves;
-      writer.save(step, {{"s", &state}});
+      writer.save_and_wait(step, {{"s", &state}});
       progress.announced = step;
     }
   } catch (const std::exception& error) {
