@@ -11,6 +11,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ounce/ckpt/file_system.h>
 #include <ounce/core/stateful.h>
 
 #include <chrono>
@@ -26,16 +27,9 @@
 
 namespace ounce::ckpt {
 
-class FileSystem;  // file_system.h
-class Vote;        // vote.h
+class Vote;  // vote.h
 
 using Objects = std::vector<std::pair<std::string, Stateful*>>;  // prefix and object
-
-enum class SyncPolicy {
-  kFull,  // files and folders are synced: what is announced survives a power cut
-  kData,  // files only: it survives the end of the process, and a power cut if the folder does
-  kOff,   // nothing: for memory, or where a later level is the durable one
-};
 
 // A place that checkpoints go to. A step is written to the first level that takes it; each further
 // level gets it as a copy of the files of the level before.
@@ -166,9 +160,8 @@ class Checkpointer {
   // Before any tensor of a save in flight is changed: makes the current stream of its GPU wait for
   // the copies that are still under way. The host waits only for what has not been handed to the
   // GPU yet, and for tensors in host memory. Without a save in flight this costs a load.
-  void before_mutation();
-  // The same for these tensors alone: a step that updates bucket by bucket gates each.
-  void before_mutation(at::TensorList bucket);
+  // With a bucket only that of these tensors: a step that updates bucket by bucket gates each.
+  void before_mutation(at::TensorList bucket = {});
 
   // Allocates and registers the pool in the background, before the first save needs it.
   void prepare(const Objects& objects);
@@ -209,7 +202,9 @@ struct LoadOptions {
   // keeps its value.
   std::vector<std::string> include = {"*"};
   std::vector<std::string> exclude = {};
-  bool strict = true;   // names, shapes and dtypes must match exactly
+  bool strict = true;  // names, shapes and dtypes must match exactly
+  // Up to this much is read and verified before the first value is changed.
+  int64_t staged_bytes = int64_t{1} << 30;
   int64_t readers = 4;  // threads
   bool direct = true;   // past the page cache, where the file system can
   std::shared_ptr<FileSystem> file_system = nullptr;
@@ -231,9 +226,9 @@ struct LoadReport {
 // root's is read. Nothing there: Fault::kNotFound. Steps there, none good: Fault::kData. A step of
 // a later version in a root: Fault::kNewerFormat, unless a step is given.
 //
-// Up to 1 GiB is read and verified before the first value is changed. More goes straight to its
-// tensors: when damage shows late, the next older step is loaded over it, and when there is none
-// the error says that values were changed. Verify::kFull reads twice and changes nothing then.
+// More than staged_bytes go straight to their tensors: when damage shows late, the next older step
+// is loaded over it, and when there is none the error says that values were changed. Verify::kFull
+// reads twice, and changes nothing then. Allocates staged_bytes at most, or 16 MiB a reader.
 LoadReport load_checkpoint(const std::vector<std::string>& paths, const Objects& objects,
                            const LoadOptions& options = {});
 LoadReport load_checkpoint(const std::string& path, std::optional<int64_t> step,

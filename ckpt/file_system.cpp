@@ -23,7 +23,8 @@ class PosixFileSystem : public FileSystem {
  public:
   int open(const std::string& path, Mode mode, int& descriptor) override {
     int flags = O_CLOEXEC | O_NOFOLLOW;
-    flags |= mode == Mode::kRead ? O_RDONLY : O_RDWR;
+    flags |= mode == Mode::kRead || mode == Mode::kReadDirect ? O_RDONLY : O_RDWR;
+    if (mode == Mode::kReadDirect || mode == Mode::kWriteDirect) flags |= O_DIRECT;
     if (mode == Mode::kCreate) flags |= O_CREAT | O_EXCL;
     descriptor = ::open(path.c_str(), flags, 0666);
     return status(descriptor);
@@ -48,6 +49,14 @@ class PosixFileSystem : public FileSystem {
 
   int sync(int descriptor) override { return status(::fsync(descriptor)); }
   int close(int descriptor) override { return status(::close(descriptor)); }
+
+  void flush_range(int descriptor, int64_t offset, int64_t size) override {
+    constexpr unsigned kAll = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE;
+    // An error shows in sync() too, which asks the same pages.
+    if (::sync_file_range(descriptor, offset, size, kAll | SYNC_FILE_RANGE_WAIT_AFTER) == 0) {
+      ::posix_fadvise(descriptor, offset, size, POSIX_FADV_DONTNEED);
+    }
+  }
 
   int rename(const std::string& from, const std::string& to) override {
     return status(::rename(from.c_str(), to.c_str()));
@@ -109,9 +118,9 @@ class PosixFileSystem : public FileSystem {
 // A write or read that does nothing again and again is an error, not an endless loop.
 constexpr int kMostIdleCalls = 1000;
 
+// `total` is what was done before, and after.
 template <class Call>
-int until_done(size_t size, const Call& call) {
-  size_t total = 0;
+int until_done(size_t size, size_t& total, const Call& call) {
   for (int idle = 0; total < size && idle < kMostIdleCalls;) {
     size_t done = 0;
     const int error = call(total, done);
@@ -120,10 +129,18 @@ int until_done(size_t size, const Call& call) {
     total += done;
     if (error == 0 && done == 0) return EIO;
   }
-  return total == size ? 0 : EIO;
+  return total >= size ? 0 : EIO;
+}
+
+template <class Call>
+int until_done(size_t size, const Call& call) {
+  size_t total = 0;
+  return until_done(size, total, call);
 }
 
 }  // namespace
+
+void FileSystem::flush_range(int, int64_t, int64_t) {}
 
 std::shared_ptr<FileSystem> posix_file_system() {
   static const auto files = std::make_shared<PosixFileSystem>();
@@ -144,6 +161,41 @@ int read_all(FileSystem& files, int descriptor, void* data, size_t size, int64_t
   });
 }
 
+int write_pages(FileSystem& files, const OpenFile* direct, const OpenFile& buffered,
+                const char* data, int64_t size, int64_t offset) {
+  size_t done = 0;
+  if (direct != nullptr) {
+    const auto whole = static_cast<size_t>(size / kPageBytes * kPageBytes);
+    const int error = until_done(whole, done, [&](size_t total, size_t& count) {
+      return files.pwrite(direct->descriptor(), data + total, whole - total,
+                          offset + static_cast<int64_t>(total), count);
+    });
+    if (error != 0 && error != EINVAL) return error;
+  }
+  const auto left = size - static_cast<int64_t>(done);
+  if (left == 0) return 0;
+  const auto from = offset + static_cast<int64_t>(done);
+  return write_all(files, buffered.descriptor(), data + done, left, from);
+}
+
+int read_pages(FileSystem& files, const OpenFile* direct, const OpenFile& buffered, char* data,
+               int64_t size, int64_t offset) {
+  size_t done = 0;
+  const auto wanted = static_cast<size_t>(size);
+  if (direct != nullptr) {
+    // Asks for whole pages; the end of the file cuts the last one short.
+    const auto whole = (wanted + kPageBytes - 1) / kPageBytes * kPageBytes;
+    const int error = until_done(wanted, done, [&](size_t total, size_t& count) {
+      return files.pread(direct->descriptor(), data + total, whole - total,
+                         offset + static_cast<int64_t>(total), count);
+    });
+    if (error != 0 && error != EINVAL) return error;
+  }
+  if (done >= wanted) return 0;
+  return read_all(files, buffered.descriptor(), data + done, wanted - done,
+                  offset + static_cast<int64_t>(done));
+}
+
 void throw_io(const std::string& what, const std::string& path, int error) {
   throw StorageError(error == ENOENT ? StorageError::Kind::kMissing : StorageError::Kind::kIo,
                      "[checkpoint] cannot " + what + " '" + path + "': " + std::strerror(error),
@@ -161,7 +213,7 @@ OpenFile open_file(FileSystem& files, const std::string& path, FileSystem::Mode 
 }
 
 void write_file_durably(FileSystem& files, const std::string& folder, const std::string& name,
-                        const std::string& content) {
+                        const std::string& content, SyncPolicy sync) {
   const auto path = folder + "/" + name;
   const auto temporary = path + ".tmp";
   if (const int error = files.unlink(temporary); error != 0 && error != ENOENT) {
@@ -169,13 +221,13 @@ void write_file_durably(FileSystem& files, const std::string& folder, const std:
   }
   auto file = open_file(files, temporary, FileSystem::Mode::kCreate);
   int error = write_all(files, file.descriptor(), content.data(), content.size(), 0);
-  if (error == 0) error = files.sync(file.descriptor());
+  if (error == 0 && sync != SyncPolicy::kOff) error = files.sync(file.descriptor());
   const int closed = file.close();
   if (error == 0) error = closed;
   if (error != 0) throw_io("write", temporary, error);
   error = files.rename(temporary, path);
   if (error != 0) throw_io("rename to", path, error);
-  error = files.sync_directory(folder);
+  if (sync == SyncPolicy::kFull) error = files.sync_directory(folder);
   if (error != 0) throw_io("sync the folder", folder, error);
 }
 

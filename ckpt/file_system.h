@@ -13,6 +13,14 @@
 
 namespace ounce::ckpt {
 
+inline constexpr int64_t kPageBytes = 4096;  // alignment of every tensor in its file
+
+enum class SyncPolicy {
+  kFull,  // files and folders are synced: what is announced survives a power cut
+  kData,  // files only: it survives the end of the process, and a power cut if the folder does
+  kOff,   // nothing: for memory, or where a later level is the durable one
+};
+
 enum class FileKind { kFile, kDirectory, kLink, kOther };
 
 struct FileInfo {
@@ -28,6 +36,10 @@ class FileSystem {
     kRead,
     kWrite,   // an existing file, for reading and writing
     kCreate,  // a new file, for reading and writing; EEXIST when there is one
+    // The same as kRead and kWrite, past the page cache: offsets, sizes and memory are then whole
+    // pages. EINVAL where the file system cannot.
+    kReadDirect,
+    kWriteDirect,
   };
 
   virtual ~FileSystem() = default;
@@ -40,6 +52,9 @@ class FileSystem {
   // Reserves the blocks of [0, size). EOPNOTSUPP where the file system cannot.
   virtual int allocate(int descriptor, int64_t size) = 0;
   virtual int sync(int descriptor) = 0;
+  // Writes a range that the page cache holds to the disk, waits for that and drops it from the
+  // cache: bounds the memory that writing takes; makes nothing durable. Best effort.
+  virtual void flush_range(int descriptor, int64_t offset, int64_t size);
   virtual int close(int descriptor) = 0;
 
   virtual int rename(const std::string& from, const std::string& to) = 0;
@@ -83,10 +98,18 @@ class OpenFile {
 OpenFile open_file(FileSystem& files, const std::string& path, FileSystem::Mode mode);
 [[noreturn]] void throw_io(const std::string& what, const std::string& path, int error);
 
+// Whole pages go through `direct`, an open file or null; what it refuses, and what is no whole
+// page, goes through `buffered`. `data` and `offset` are at pages. read_pages() reads `size` bytes
+// into memory of whole pages.
+int write_pages(FileSystem& files, const OpenFile* direct, const OpenFile& buffered,
+                const char* data, int64_t size, int64_t offset);
+int read_pages(FileSystem& files, const OpenFile* direct, const OpenFile& buffered, char* data,
+               int64_t size, int64_t offset);
+
 // Writes a small file and makes it durable under its final name: `path`.tmp, sync, close, rename,
-// sync of `folder`, which holds it. Throws StorageError.
+// sync of `folder`, which holds it; the syncs as far as `sync` asks for them. Throws StorageError.
 void write_file_durably(FileSystem& files, const std::string& folder, const std::string& name,
-                        const std::string& content);
+                        const std::string& content, SyncPolicy sync = SyncPolicy::kFull);
 
 // Reads a regular file of at most `limit` bytes. Throws StorageError.
 std::string read_file(FileSystem& files, const std::string& path, int64_t limit);

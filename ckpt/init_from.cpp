@@ -44,8 +44,9 @@ bool is_no_folder(FileSystem& files, const std::string& path) {
 }
 
 // Sets source and rejected of the report.
-Weights read_weights(const std::string& path, const NameMap& map, const std::string& prefix,
-                     WeightsReport& report) {
+Weights read_weights(const std::vector<std::string>& paths, const NameMap& map,
+                     const std::string& prefix, WeightsReport& report) {
+  const auto& path = paths.at(0);
   const auto files = posix_file_system();
   Weights weights;
   report.source = path;
@@ -62,13 +63,14 @@ Weights read_weights(const std::string& path, const NameMap& map, const std::str
     }
     return weights;
   }
-  auto read = read_step(files, path, std::nullopt, [&](const StepReader& reader) {
-    weights.clear();
-    for (const auto& tensor : reader.manifest().tensors) {
-      if (!tensor.name.starts_with(prefix)) continue;
-      add(weights, tensor.name.substr(prefix.size()), map, read_tensor(reader, tensor));
-    }
-  });
+  auto read =
+      read_step(files, paths, std::nullopt, /*direct=*/false, [&](const StepReader& reader) {
+        weights.clear();
+        for (const auto& tensor : reader.manifest().tensors) {
+          if (!tensor.name.starts_with(prefix)) continue;
+          add(weights, tensor.name.substr(prefix.size()), map, read_tensor(reader, tensor));
+        }
+      });
   report.source = read.info.path;
   report.rejected = std::move(read.rejected);
   OUNCE_CHECK(!weights.empty(), "[init-from] no tensor under '", prefix, "' in '", report.source,
@@ -122,10 +124,16 @@ std::string WeightsReport::summary() const {
 WeightsReport load_weights(const std::string& path, torch::nn::Module& module,
                            const std::vector<std::string>& name_rules, bool strict,
                            const std::string& prefix) {
+  return load_weights(std::vector{path}, module, name_rules, strict, prefix);
+}
+
+WeightsReport load_weights(const std::vector<std::string>& roots, torch::nn::Module& module,
+                           const std::vector<std::string>& name_rules, bool strict,
+                           const std::string& prefix) {
   return with_faults([&] {
     const torch::NoGradGuard guard;
     WeightsReport report;
-    const auto weights = read_weights(path, parse_name_map(name_rules), prefix, report);
+    const auto weights = read_weights(roots, parse_name_map(name_rules), prefix, report);
     auto targets = targets_of(module);
     std::set<std::string> known;
     std::vector<std::pair<at::Tensor, at::Tensor>> copies;

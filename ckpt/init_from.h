@@ -36,5 +36,9 @@ struct WeightsReport {
 WeightsReport load_weights(const std::string& path, torch::nn::Module& module,
                            const std::vector<std::string>& name_rules = {}, bool strict = true,
                            const std::string& prefix = "model/");
+// The same from the levels of one run: the newest good step of all of them.
+WeightsReport load_weights(const std::vector<std::string>& roots, torch::nn::Module& module,
+                           const std::vector<std::string>& name_rules = {}, bool strict = true,
+                           const std::string& prefix = "model/");
 
 }  // namespace ounce::ckpt

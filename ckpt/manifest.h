@@ -3,6 +3,7 @@
 // description that loading trusts; FORMAT.md has the grammar. No Torch here.
 #pragma once
 
+#include <ounce/ckpt/file_system.h>  // kPageBytes
 #include <ounce/ckpt/names.h>
 
 #include <cstdint>
@@ -17,7 +18,6 @@ namespace ounce::ckpt {
 
 inline constexpr int64_t kFormat = 1;
 inline constexpr int64_t kBlockBytes = 4 << 20;  // of a tensor under one sum
-inline constexpr int64_t kPageBytes = 4096;      // alignment of every tensor in its file
 inline constexpr size_t kMostDimensions = 32;    // libhdf5's limit
 inline constexpr int64_t kMostManifestBytes = int64_t{256} << 20;
 inline constexpr size_t kMostFiles = 1 << 16;

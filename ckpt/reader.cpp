@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <ounce/ckpt/data_file.h>
 #include <ounce/ckpt/hdf5_file.h>
 #include <ounce/ckpt/reader.h>
 #include <ounce/ckpt/scan.h>
@@ -15,19 +16,24 @@ namespace {
   throw StorageError(StorageError::Kind::kDamaged, "[checkpoint] " + message);
 }
 
+std::string block_name(const Manifest& manifest, const std::string& folder,
+                       const TensorRecord& tensor, int64_t at, int64_t size) {
+  const auto begin = tensor.offset + at;
+  return "bytes " + std::to_string(begin) + " to " + std::to_string(begin + size) + " of '" +
+         folder + "/" + manifest.files[tensor.file].name + "', in tensor '" + tensor.name + "',";
+}
+
 // Reads one block into `out`; "" or what is wrong with it.
 std::string block_fault(FileSystem& files, const OpenFile& open, const std::string& folder,
                         const Manifest& manifest, const TensorRecord& tensor, size_t block,
                         void* out) {
   const auto at = static_cast<int64_t>(block) * manifest.block_bytes;
   const auto size = std::min(manifest.block_bytes, tensor.bytes - at);
-  const auto begin = tensor.offset + at;
-  const int error = read_all(files, open.descriptor(), out, size, begin);
+  const int error = read_all(files, open.descriptor(), out, size, tensor.offset + at);
   if (error == 0 && block_sum(out, size) == tensor.sums[block]) return "";
-  return "bytes " + std::to_string(begin) + " to " + std::to_string(begin + size) + " of '" +
-         folder + "/" + manifest.files[tensor.file].name + "', in tensor '" + tensor.name + "', " +
-         (error != 0 ? std::string("cannot be read: ") + std::strerror(error)
-                     : std::string("do not match their sum"));
+  return block_name(manifest, folder, tensor, at, size) +
+         (error != 0 ? std::string(" cannot be read: ") + std::strerror(error)
+                     : std::string(" do not match their sum"));
 }
 
 OpenFile open_checked(FileSystem& files, const std::string& folder, const Manifest& manifest,
@@ -69,16 +75,21 @@ std::string rest_sum(FileSystem& files, const OpenFile& open, const ByteRanges& 
   return sum.digits();
 }
 
-StepReader::StepReader(std::shared_ptr<FileSystem> files, const std::string& folder)
-    : StepReader(files, folder, read_manifest(*files, folder)) {}
+StepReader::StepReader(std::shared_ptr<FileSystem> files, const std::string& folder, bool direct)
+    : StepReader(files, folder, read_manifest(*files, folder), direct) {}
 
 StepReader::StepReader(std::shared_ptr<FileSystem> files, const std::string& folder,
-                       Manifest manifest)
+                       Manifest manifest, bool direct)
     : files_(std::move(files)), folder_(folder), manifest_(std::move(manifest)) {
   const auto rests = rest_of_files(manifest_);
   for (size_t i = 0; i < manifest_.files.size(); ++i) {
     open_.push_back(open_checked(*files_, folder_, manifest_, i));
     check_rest(*files_, open_.back(), folder_, manifest_.files[i], rests[i]);
+    direct_.emplace_back();
+    if (direct) {
+      direct_.back() = open_direct(*files_, folder_ + "/" + manifest_.files[i].name,
+                                   FileSystem::Mode::kReadDirect);
+    }
   }
   for (size_t i = 0; i < manifest_.tensors.size(); ++i) by_name_[manifest_.tensors[i].name] = i;
 }
@@ -110,6 +121,45 @@ void StepReader::check(const TensorRecord& tensor) const {
   std::string buffer(std::min(manifest_.block_bytes, source.bytes), '\0');
   for (size_t block = 0; block < source.sums.size(); ++block) {
     read_block(source, block, buffer.data());
+  }
+}
+
+std::vector<Slot> StepReader::slots_of(const std::vector<size_t>& tensors,
+                                       int64_t slot_bytes) const {
+  std::vector<LayoutItem> items;
+  for (const auto i : tensors) {
+    const auto& tensor = manifest_.tensors[i];
+    items.push_back({i, tensor.bytes, static_cast<int>(tensor.file)});
+  }
+  std::sort(items.begin(), items.end(), [&](const auto& a, const auto& b) {
+    return std::pair(a.group, manifest_.tensors[a.tensor].offset) <
+           std::pair(b.group, manifest_.tensors[b.tensor].offset);
+  });
+  return cut_into_slots(items, slot_bytes, manifest_.block_bytes);
+}
+
+void StepReader::read_bytes(size_t file, char* memory, int64_t bytes, int64_t offset) const {
+  const int error = read_all(*files_, open_[file].descriptor(), memory, bytes, offset);
+  if (error != 0) throw_io("read", folder_ + "/" + manifest_.files[file].name, error);
+}
+
+void StepReader::read(const Slot& slot, char* memory, bool verify) const {
+  for (const auto& run : runs_of(slot, manifest_)) {
+    const auto& direct = direct_[run.file];
+    const int error =
+        read_pages(*files_, direct.get(), open_[run.file], memory + run.at, run.bytes, run.offset);
+    if (error != 0) throw_io("read", folder_ + "/" + manifest_.files[run.file].name, error);
+  }
+  if (!verify) return;
+  for (const auto& piece : slot.pieces) {
+    const auto& tensor = manifest_.tensors[piece.tensor];
+    for (int64_t at = 0; at < piece.bytes; at += manifest_.block_bytes) {
+      const auto block = (piece.begin + at) / manifest_.block_bytes;
+      const auto size = std::min(manifest_.block_bytes, piece.bytes - at);
+      if (block_sum(memory + piece.at + at, size) == tensor.sums[block]) continue;
+      damaged(block_name(manifest_, folder_, tensor, piece.begin + at, size) +
+              " do not match their sum");
+    }
   }
 }
 

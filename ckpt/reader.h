@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ounce/ckpt/file_system.h>
+#include <ounce/ckpt/layout.h>
 #include <ounce/ckpt/manifest.h>
 
 #include <map>
@@ -15,10 +16,11 @@ namespace ounce::ckpt {
 class StepReader {
  public:
   // Opens the step's files and compares their sizes and the sums of everything outside the tensors
-  // with the manifest. Throws StorageError.
-  StepReader(std::shared_ptr<FileSystem> files, const std::string& folder);
+  // with the manifest; past the page cache too, when `direct`. Throws StorageError.
+  StepReader(std::shared_ptr<FileSystem> files, const std::string& folder, bool direct = false);
   // The same, with a manifest read before.
-  StepReader(std::shared_ptr<FileSystem> files, const std::string& folder, Manifest manifest);
+  StepReader(std::shared_ptr<FileSystem> files, const std::string& folder, Manifest manifest,
+             bool direct = false);
 
   const std::string& folder() const { return folder_; }
   const Manifest& manifest() const { return manifest_; }
@@ -31,6 +33,15 @@ class StepReader {
   // Reads all of it with one block of memory.
   void check(const TensorRecord& tensor) const;
 
+  // The tensors of these indices (of manifest().tensors, none tied) cut into slots in the order
+  // of their files, one group a file.
+  std::vector<Slot> slots_of(const std::vector<size_t>& tensors, int64_t slot_bytes) const;
+  // Bytes of a file as they lie, not verified.
+  void read_bytes(size_t file, char* memory, int64_t bytes, int64_t offset) const;
+  // Fills a slot's memory, whole pages at a page; `verify` compares its blocks with their sums.
+  // Different slots may be read from different threads. Throws StorageError.
+  void read(const Slot& slot, char* memory, bool verify) const;
+
  private:
   void read_block(const TensorRecord& tensor, size_t block, void* out) const;
 
@@ -38,6 +49,7 @@ class StepReader {
   std::string folder_;
   Manifest manifest_;
   std::vector<OpenFile> open_;
+  std::vector<std::unique_ptr<OpenFile>> direct_;
   std::map<std::string, size_t> by_name_;
 };
 

@@ -3,126 +3,10 @@
 #include <ounce/ckpt/scan.h>
 #include <torch/torch.h>
 
-#include <map>
-#include <set>
+#include <algorithm>
 
 namespace ounce::ckpt {
 namespace {
-
-// Up to this size a step is held on the host between verifying and copying; a larger one is
-// verified first and then read again, verified again.
-constexpr int64_t kMostStagedBytes = int64_t{4} << 30;
-
-std::string shape_text(const std::vector<int64_t>& shape, const std::string& dtype) {
-  return c10::str(dtype, "[", c10::Join(", ", shape), "]");
-}
-
-const char* kind_of(const Scalar& scalar) {
-  return scalar.index() == 0 ? "integer" : scalar.index() == 1 ? "number" : "text";
-}
-
-// Throws kUsage with everything that differs between what is stored and what is wanted.
-void check_matches(const StepReader& reader, const Snapshot& wanted) {
-  std::vector<std::string> missing, unexpected, wrong;
-  std::set<std::string> names;
-  const auto& manifest = reader.manifest();
-  for (const auto& tensor : wanted.tensors()) {
-    names.insert(tensor.name);
-    const auto* stored = reader.find(tensor.name);
-    if (stored == nullptr) {
-      missing.push_back(tensor.name);
-    } else if (stored->shape != tensor.shape || stored->dtype != tensor.dtype) {
-      wrong.push_back(tensor.name + " (expected " + shape_text(tensor.shape, tensor.dtype) +
-                      ", got " + shape_text(stored->shape, stored->dtype) + ")");
-    }
-  }
-  for (const auto& [name, scalar] : wanted.scalars()) {
-    names.insert(name);
-    const auto stored = manifest.scalars.find(name);
-    if (stored == manifest.scalars.end()) {
-      missing.push_back(name);
-    } else if (stored->second.index() != scalar.index()) {
-      wrong.push_back(name + " (expected " + kind_of(scalar) + ", got " + kind_of(stored->second) +
-                      ")");
-    }
-  }
-  for (const auto& tensor : manifest.tensors) {
-    if (!names.contains(tensor.name)) unexpected.push_back(tensor.name);
-  }
-  for (const auto& [name, scalar] : manifest.scalars) {
-    if (!names.contains(name)) unexpected.push_back(name);
-  }
-  if (missing.empty() && unexpected.empty() && wrong.empty()) return;
-  std::string text;
-  const auto add = [&](const char* what, const std::vector<std::string>& items) {
-    if (items.empty()) return;
-    text +=
-        c10::str(text.empty() ? "" : "; ", items.size(), " ", what, ": ", c10::Join(", ", items));
-  };
-  add("missing in the checkpoint", missing);
-  add("unexpected", unexpected);
-  add("of another shape or type", wrong);
-  fail(Fault::kUsage, "[checkpoint] '", reader.folder(),
-       "' is of another model or configuration: ", text, "; nothing was loaded");
-}
-
-class Loader : public StateVisitor {
- public:
-  Loader(const StepReader& reader, const std::map<std::string, at::Tensor>& staged)
-      : reader_(reader), staged_(staged) {}
-
-  void tensor(std::string_view name, at::Tensor& value, StateClass) override {
-    const auto full = full_name(name);
-    const auto* record = reader_.find(full);
-    OUNCE_CHECK(record != nullptr, "[checkpoint] '", full,
-                "' is presented when loading, but was not before");
-    const auto found = staged_.find(full);
-    value.copy_(found == staged_.end() ? read_tensor(reader_, *record) : found->second);
-  }
-  void integer(std::string_view name, int64_t& value) override { value = scalar<int64_t>(name); }
-  void number(std::string_view name, double& value) override { value = scalar<double>(name); }
-  void text(std::string_view name, std::string& value) override {
-    value = scalar<std::string>(name);
-  }
-  bool loading() const override { return true; }
-
- private:
-  template <class T>
-  T scalar(std::string_view name) const {
-    const auto full = full_name(name);
-    const auto found = reader_.manifest().scalars.find(full);
-    OUNCE_CHECK(
-        found != reader_.manifest().scalars.end() && std::holds_alternative<T>(found->second),
-        "[checkpoint] '", full, "' is presented when loading, but was not before");
-    return std::get<T>(found->second);
-  }
-
-  const StepReader& reader_;
-  const std::map<std::string, at::Tensor>& staged_;
-};
-
-// First every byte is verified, then the first value is changed. Throws StorageError on damage and
-// ounce::Error on a mismatch, both with nothing changed.
-void load_step(const StepReader& reader, const Objects& objects) {
-  const torch::NoGradGuard guard;
-  check_matches(reader, Snapshot(objects));
-  int64_t total = 0;
-  for (const auto& tensor : reader.manifest().tensors) total += reader.holder(tensor).bytes;
-  std::map<std::string, at::Tensor> staged;
-  for (const auto& tensor : reader.manifest().tensors) {
-    if (total <= kMostStagedBytes) {
-      staged.emplace(tensor.name, read_tensor(reader, tensor));
-    } else {
-      reader.check(tensor);
-    }
-  }
-  Loader loader(reader, staged);
-  for (const auto& [prefix, object] : objects) {
-    std::optional<StateVisitor::Scope> scope;
-    if (!prefix.empty()) scope.emplace(loader, prefix);
-    object->visit_state(loader);
-  }
-}
 
 [[noreturn]] void none_good(const std::string& root, const std::vector<std::string>& rejected) {
   fail(
@@ -152,6 +36,46 @@ std::vector<std::string> rejected_in(const Scan& scan, std::optional<int64_t> st
     rejected.push_back(bad.problem);
   }
   return rejected;
+}
+
+struct Candidates {
+  std::vector<StepEntry> steps;  // the best one first
+  std::vector<std::string> rejected;
+};
+
+// The steps that `paths` mean: step folders, or what lies in roots. Of equal steps in several roots
+// that of the first root comes first.
+Candidates candidates_in(FileSystem& files, const std::vector<std::string>& paths,
+                         std::optional<int64_t> step) {
+  Candidates found;
+  std::vector<int64_t> there;
+  for (const auto& path : paths) {
+    const auto root = root_of(files, path);
+    if (is_step_folder(files, root)) {
+      found.steps.push_back({root, read_manifest(files, root)});
+      continue;
+    }
+    Scan scan;
+    try {
+      scan = scan_root(files, root);
+    } catch (const StorageError& error) {
+      if (error.kind() != StorageError::Kind::kMissing) throw;
+    }
+    for (auto& reason : rejected_in(scan, step)) found.rejected.push_back(std::move(reason));
+    for (auto& entry : scan.steps) {
+      there.push_back(entry.manifest.step);
+      if (!step || there.back() == *step) found.steps.push_back(std::move(entry));
+    }
+  }
+  if (step && found.steps.empty() && found.rejected.empty()) {
+    fail(Fault::kNotFound, "[checkpoint] no step ", *step, " in '", c10::Join("', '", paths),
+         "'; there: ", there.empty() ? "none" : c10::str(c10::Join(", ", there)));
+  }
+  std::stable_sort(found.steps.begin(), found.steps.end(), [](const auto& a, const auto& b) {
+    return std::pair(a.manifest.sequence, a.manifest.step) >
+           std::pair(b.manifest.sequence, b.manifest.step);
+  });
+  return found;
 }
 
 // Whether a step of a scan is still what it was then.
@@ -194,54 +118,32 @@ at::Tensor read_tensor(const StepReader& reader, const TensorRecord& tensor) {
 }
 
 std::string resolve_step(FileSystem& files, const std::string& path, std::optional<int64_t> step) {
-  return with_faults([&]() -> std::string {
-    const auto root = root_of(files, path);
-    if (is_step_folder(files, root)) return root;
-    const auto scan = scan_existing(files, root);
-    const auto rejected = rejected_in(scan, step);
-    std::vector<int64_t> there;
-    for (const auto& entry : scan.steps) {
-      there.push_back(entry.manifest.step);
-      if (step && there.back() != *step) continue;
-      for (const auto& reason : rejected) TORCH_WARN("passed over: ", reason);
-      return entry.path;
-    }
-    if (step && rejected.empty()) {
-      fail(Fault::kNotFound, "[checkpoint] no step ", *step, " in '", root,
-           "'; there: ", there.empty() ? "none" : c10::str(c10::Join(", ", there)));
-    }
-    none_good(root, rejected);
+  return with_faults([&] {
+    const auto found = candidates_in(files, {path}, step);
+    if (found.steps.empty()) none_good(path, found.rejected);
+    for (const auto& reason : found.rejected) TORCH_WARN("passed over: ", reason);
+    return found.steps.front().path;
   });
 }
 
-LoadReport read_step(std::shared_ptr<FileSystem> files, const std::string& path,
-                     std::optional<int64_t> step,
+LoadReport read_step(std::shared_ptr<FileSystem> files, const std::vector<std::string>& paths,
+                     std::optional<int64_t> step, bool direct,
                      const std::function<void(const StepReader&)>& use) {
-  const auto read = [&](const std::string& folder, const Manifest& manifest) {
-    use(StepReader(files, folder, manifest));
-    return info_of(manifest, folder);
-  };
-  const auto root = root_of(*files, path);
-  if (step || is_step_folder(*files, root)) {
-    const auto folder = resolve_step(*files, root, step);
-    return {.info = read(folder, read_manifest(*files, folder))};
-  }
   for (bool again = false;; again = true) {
-    const auto scan = scan_existing(*files, root);
-    auto rejected = rejected_in(scan);
+    auto found = candidates_in(*files, paths, step);
     bool changed = false;
-    for (const auto& entry : scan.steps) {
+    for (const auto& entry : found.steps) {
       try {
-        auto info = read(entry.path, entry.manifest);
-        return {.info = std::move(info), .rejected = std::move(rejected)};
+        use(StepReader(files, entry.path, entry.manifest, direct));
+        return {.info = info_of(entry.manifest, entry.path), .rejected = std::move(found.rejected)};
       } catch (const StorageError& error) {
         // A writer replaced or removed it meanwhile: then there is a newer one.
         changed = !again && !stands(*files, entry);
         if (changed) break;
-        rejected.push_back(error.what());
+        found.rejected.push_back(error.what());
       }
     }
-    if (!changed) none_good(root, rejected);
+    if (!changed) none_good(c10::str(c10::Join("', '", paths)), found.rejected);
   }
 }
 
@@ -255,19 +157,6 @@ std::vector<CheckpointInfo> list_checkpoints(const std::string& root,
     std::vector<CheckpointInfo> list;
     for (const auto& entry : scan.steps) list.push_back(info_of(entry.manifest, entry.path));
     return list;
-  });
-}
-
-LoadReport load_checkpoint(const std::string& path, std::optional<int64_t> step,
-                           const Objects& objects) {
-  return load_checkpoint({path}, objects, {.step = step});
-}
-
-LoadReport load_checkpoint(const std::vector<std::string>& paths, const Objects& objects,
-                           const LoadOptions& options) {
-  return with_faults([&] {
-    return read_step(options.file_system ? options.file_system : posix_file_system(), paths.at(0),
-                     options.step, [&](const StepReader& reader) { load_step(reader, objects); });
   });
 }
 

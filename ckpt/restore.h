@@ -26,11 +26,11 @@ at::Tensor read_tensor(const StepReader& reader, const TensorRecord& tensor);
 std::string resolve_step(FileSystem& files, const std::string& path,
                          std::optional<int64_t> step = std::nullopt);
 
-// Reads the step that `path` means, as resolve_step() does, but without `step` falls back: when
-// `use` throws StorageError, because bytes are damaged, it is called for the next older step, and
-// so on; the steps passed over are in the report. Throws StorageError and ounce::Error.
-LoadReport read_step(std::shared_ptr<FileSystem> files, const std::string& path,
-                     std::optional<int64_t> step,
+// Reads the step that `paths` mean (load_checkpoint()). Where `use` throws StorageError, because
+// bytes are damaged, it is called for the next older step, and so on; the steps passed over are in
+// the report. Throws StorageError and ounce::Error.
+LoadReport read_step(std::shared_ptr<FileSystem> files, const std::vector<std::string>& paths,
+                     std::optional<int64_t> step, bool direct,
                      const std::function<void(const StepReader&)>& use);
 
 [[noreturn]] void rethrow(const StorageError& error);

@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <ounce/ckpt/retention.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -10,25 +11,28 @@ namespace ounce::ckpt {
 std::vector<std::string> steps_to_remove(FileSystem& files, const std::vector<StepEntry>& steps,
                                          const RetentionRule& rule) {
   if (rule.keep_last <= 0) return {};
-  const StepEntry* best = nullptr;
-  const auto value = [&](const StepEntry& entry) {
-    const auto found = entry.manifest.metrics.find(rule.keep_best);
-    return found == entry.manifest.metrics.end() ? NAN : found->second;
-  };
+  // A NaN is never best; of equal values the newest is.
+  std::vector<std::pair<double, const StepEntry*>> ranked;
   for (const auto& entry : steps) {
-    // Of equal values the newest stays; a NaN is never best.
-    if (!rule.keep_best.empty() && !std::isnan(value(entry)) &&
-        (best == nullptr || value(entry) < value(*best))) {
-      best = &entry;
-    }
+    const auto found = entry.manifest.metrics.find(rule.keep_best);
+    if (rule.keep_best.empty() || found == entry.manifest.metrics.end()) continue;
+    const auto value = rule.best_is_highest ? -found->second : found->second;
+    if (!std::isnan(value)) ranked.emplace_back(value, &entry);
   }
+  std::stable_sort(ranked.begin(), ranked.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  ranked.resize(std::min(ranked.size(), static_cast<size_t>(rule.best_count)));
+  const auto is_best = [&](const StepEntry& entry) {
+    return std::any_of(ranked.begin(), ranked.end(),
+                       [&](const auto& item) { return item.second == &entry; });
+  };
   std::vector<std::string> victims;
   for (size_t i = rule.keep_last; i < steps.size(); ++i) {
     const auto& entry = steps[i];
     if (rule.keep_every > 0 && entry.manifest.step % rule.keep_every == 0) continue;
     FileInfo info;
     // Unsure counts as pinned.
-    if (&entry == best || files.stat(entry.path + "/" + kPinName, info) != ENOENT) continue;
+    if (is_best(entry) || files.stat(entry.path + "/" + kPinName, info) != ENOENT) continue;
     victims.push_back(entry.path);
   }
   return victims;

@@ -12,14 +12,16 @@ namespace ounce::ckpt {
 struct RetentionRule {
   int64_t keep_last = 3;   // 0 = keep all
   int64_t keep_every = 0;  // 0 = off
-  std::string keep_best;   // metric whose lowest value is kept; empty = off
+  std::string keep_best;   // metric whose best values are kept; empty = off
+  int64_t best_count = 1;
+  bool best_is_highest = false;
 };
 
 // A step folder that holds a file of this name is never removed.
 inline constexpr const char* kPinName = "PINNED";
 
 // Folders to remove, given the steps newest first: all but the newest one, the newest keep_last
-// ones, those divisible by keep_every, the best one and those pinned.
+// ones, those divisible by keep_every, the best ones and those pinned.
 std::vector<std::string> steps_to_remove(FileSystem& files, const std::vector<StepEntry>& steps,
                                          const RetentionRule& rule);
 

@@ -73,10 +73,7 @@ class Snapshot::Collector : public StateVisitor {
     record.dtype = dtype;
     record.state_class = class_name(cls);
     record.shape = value.sizes().vec();
-    auto held = value.detach();
-    if (cls == StateClass::kHost) {
-      held = held.to(at::kCPU, held.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
-    } else if (value.numel() > 0) {
+    if (cls != StateClass::kHost && value.numel() > 0) {
       const auto [first, is_new] = seen_.emplace(
           std::make_tuple(value.const_data_ptr(), value.sizes().vec(), value.strides().vec(), dtype,
                           value.is_conj(), value.is_neg()),
@@ -84,7 +81,7 @@ class Snapshot::Collector : public StateVisitor {
       if (!is_new) record.tied_to = first->second;
     }
     snapshot_.records_.push_back(std::move(record));
-    snapshot_.tensors_.push_back(std::move(held));
+    snapshot_.tensors_.push_back(value.detach());
   }
 
   void integer(std::string_view name, int64_t& value) override { scalar(name, value); }
@@ -123,9 +120,22 @@ Snapshot::Snapshot(const Objects& objects) {
   }
 }
 
-at::Tensor Snapshot::host(size_t index) const {
+void Snapshot::materialize() {
   const torch::NoGradGuard guard;
-  return tensors_[index].resolve_conj().resolve_neg().to(at::kCPU).contiguous();
+  shared_.assign(tensors_.size(), true);
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    if (!records_[i].tied_to.empty()) continue;
+    auto& tensor = tensors_[i];
+    const auto& cls = records_[i].state_class;
+    const bool host = cls == class_name(StateClass::kHost);
+    const bool plain = tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg();
+    if (plain && !host && cls != class_name(StateClass::kForward)) continue;
+    tensor = at::empty(tensor.sizes(), tensor.options()
+                                           .device(host ? at::Device(at::kCPU) : tensor.device())
+                                           .memory_format(at::MemoryFormat::Contiguous))
+                 .copy_(tensor);
+    shared_[i] = false;
+  }
 }
 
 }  // namespace ounce::ckpt

@@ -36,6 +36,9 @@ template <class... Args>
   throw Error(fault, c10::str(args...));
 }
 
+// An exception's text without what LibTorch appends to it.
+inline std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
 }  // namespace ounce
 
 // Throws ounce::Error(Fault::kUsage) with the concatenated arguments when `condition` is false.

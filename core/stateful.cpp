@@ -14,6 +14,11 @@ StateVisitor::Scope::Scope(StateVisitor& visitor, std::string_view name)
 
 StateVisitor::Scope::~Scope() { visitor_.prefix_.resize(length_); }
 
+void StateVisitor::derived(at::Tensor& value, const at::Tensor& source) {
+  const at::NoGradGuard guard;
+  if (loading()) value.copy_(source);
+}
+
 std::string StateVisitor::full_name(std::string_view name) const {
   OUNCE_CHECK(!name.empty() && name.find('\0') == std::string_view::npos,
               "[state] expected a name without NUL under '", prefix_, "'");

@@ -39,6 +39,11 @@ class StateVisitor {
   virtual void number(std::string_view name, double& value) = 0;  // kept bit for bit
   virtual void text(std::string_view name, std::string& value) = 0;
 
+  // A tensor that follows from one presented before, such as the bf16 copy of fp32 weights: never
+  // stored, but made again by a plain cast when its source has been loaded. Not for copies made by
+  // stochastic rounding, which do not follow: those are state.
+  void derived(at::Tensor& value, const at::Tensor& source);
+
   // True when values are overwritten. What has to be done after loading (a generator set from its
   // bytes) hangs on this.
   virtual bool loading() const = 0;

@@ -120,7 +120,7 @@ std::vector<FusedAdamW::Lists> FusedAdamW::gather(
   return all;
 }
 
-void FusedAdamW::step(const StepControl& control) {
+void FusedAdamW::update(const StepControl& control) {
   const at::NoGradGuard no_grad;
   // The kernel divides by its grad_scale, and skips where its found_inf equals one.
   at::Tensor divisor, skip, lr;

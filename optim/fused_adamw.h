@@ -38,10 +38,11 @@ class FusedAdamW : public NamedOptimizer {
   explicit FusedAdamW(const std::vector<at::Tensor>& parameters, const AdamWOptions& options = {})
       : FusedAdamW(named_parameters(parameters), options) {}
 
-  using NamedOptimizer::step;
-  void step(const StepControl& control) override;
   void visit_state(StateVisitor& visitor) override;
   int64_t state_bytes() const override;
+
+ protected:
+  void update(const StepControl& control) override;
 
  private:
   struct Slot {

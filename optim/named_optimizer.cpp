@@ -197,27 +197,6 @@ NamedParameters named_parameters(const std::vector<at::Tensor>& parameters) {
   return result;
 }
 
-bool glob_matches(std::string_view glob, std::string_view name) {
-  // Greedy with one point of return: the last star and what it has swallowed so far.
-  size_t g = 0, n = 0, star = std::string_view::npos, resume = 0;
-  while (n < name.size()) {
-    if (g < glob.size() && glob[g] == '*') {
-      star = g++;
-      resume = n;
-    } else if (g < glob.size() && (glob[g] == '?' || glob[g] == name[n])) {
-      ++g;
-      ++n;
-    } else if (star != std::string_view::npos) {
-      g = star + 1;
-      n = ++resume;
-    } else {
-      return false;
-    }
-  }
-  while (g < glob.size() && glob[g] == '*') ++g;
-  return g == glob.size();
-}
-
 std::vector<NamedOptimizer::GroupRule> NamedOptimizer::parse_groups(const Value& group) {
   std::vector<GroupRule> rules;
   for (const auto& item : group.array()) {
@@ -281,6 +260,13 @@ at::Tensor NamedOptimizer::step(LossClosure closure) {
   step(StepControl{});
   return loss;
 }
+
+void NamedOptimizer::step(const StepControl& control) {
+  if (hook_) hook_({});
+  update(control);
+}
+
+void NamedOptimizer::before_update(UpdateHook hook) { hook_ = std::move(hook); }
 
 size_t NamedOptimizer::index_of(const at::Tensor& parameter) const {
   const auto found = index_.find(parameter.unsafeGetTensorImpl());

@@ -3,12 +3,14 @@
 // by parameter name, whose groups are made by matching names, and whose step takes device tensors.
 #pragma once
 
+#include <ounce/core/glob.h>
 #include <ounce/core/options.h>
 #include <ounce/core/stateful.h>
 #include <ounce/core/step_control.h>
 #include <torch/nn/module.h>
 #include <torch/optim/optimizer.h>
 
+#include <functional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -24,9 +26,6 @@ using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
 NamedParameters named_parameters(const torch::nn::Module& module);
 // The same for a plain list: names are "0", "1", ...
 NamedParameters named_parameters(const std::vector<at::Tensor>& parameters);
-
-// Whether a whole name matches a glob: '*' any run of characters (dots too), '?' exactly one.
-bool glob_matches(std::string_view glob, std::string_view name);
 
 class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
  public:
@@ -64,7 +63,12 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
   // `lr_scale`, gradients times control.grad_scale, and nothing at all changes where control.skip
   // is nonzero (the step count does not advance either). No host synchronisation on a GPU. An
   // undefined control.lr takes each group's own lr. Parameters without a gradient are left alone.
-  virtual void step(const StepControl& control) = 0;
+  void step(const StepControl& control);
+
+  // Called before a step changes anything, with the tensors that it is about to change; empty = all
+  // of its parameters and state. A checkpoint's gate goes here.
+  using UpdateHook = std::function<void(at::TensorList)>;
+  void before_update(UpdateHook hook);
 
   const std::string& name_of(const at::Tensor& parameter) const;  // unknown: Fault::kUsage
   const NamedParameters& parameters() const;
@@ -89,6 +93,8 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
   NamedOptimizer(NamedParameters parameters, const Options& options,
                  const std::vector<GroupRule>& rules);
 
+  // step() behind its hook.
+  virtual void update(const StepControl& control) = 0;
   // Presents "groups/<i>/lr", for checkpoints of a program that changes lr through the groups.
   void visit_groups(StateVisitor& visitor);
   // For optimizers without stochastic rounding: Fault::kUsage naming the first parameter that is
@@ -99,6 +105,7 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
 
  private:
   NamedParameters parameters_;
+  UpdateHook hook_;
   std::unordered_map<const void*, size_t> index_;
 };
 

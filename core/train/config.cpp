@@ -2,6 +2,7 @@
 #include <ounce/core/check.h>
 #include <ounce/core/registry.h>
 #include <ounce/core/train/config.h>
+#include <ounce/core/train/run_checkpoints.h>
 
 #include <algorithm>
 
@@ -52,7 +53,12 @@ every = 200            # steps; 0 = only at the end
 keep_last = 3
 keep_every = 0
 keep_best = "val_loss" # metric whose best step is kept; "" = none
-levels = [{ path = "ckpt" }]
+levels = [{ path = "ckpt" }]  # each is filled from the one before; every, keep_*, sync = "full" | "data" | "off" of its own
+busy = "wait"          # while the save before is not durable: wait | skip | supersede
+overflow = "block"     # where the pool is full: block | spill (into pageable memory)
+pool_mib = 0           # host memory for copies; 0 = the state's size, at most 40 % of what is free
+direct = true          # write past the page cache where the file system can
+gpu_clone = true       # clone on the GPU what a short step leaves no time to copy
 [run]
 steps = 1000           # horizon of the schedule
 eval_every = 100       # steps; 0 = only at the end
@@ -183,18 +189,21 @@ Options complete_config(const Options& given, const std::string& source) {
   result.choice("data.documents", {"stream", "packed"});
   result.choice("precision.params", {"fp32", "bf16"});
   result.choice("precision.compute", {"fp32", "bf16"});
-  OUNCE_CHECK(result.find("checkpoint.levels")->array().size() == 1 &&
-                  result.find("checkpoint.levels")->array()[0].is_table(),
-              "[config] checkpoint.levels: one level is supported now, [{ path = \"ckpt\" }]");
-  for (const char* key : {"run.eval_every", "run.eval_batches", "run.final_eval_batches",
-                          "run.sample_every", "run.sample_tokens", "run.sample_top_k",
-                          "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"}) {
+  checkpoint_levels(result, "");
+  for (const char* key :
+       {"run.eval_every", "run.eval_batches", "run.final_eval_batches", "run.sample_every",
+        "run.sample_tokens", "run.sample_top_k", "checkpoint.every", "checkpoint.keep_last",
+        "checkpoint.keep_every", "checkpoint.pool_mib"}) {
     result.non_negative(key);
   }
   result.positive("run.steps");
   result.positive("run.log_every");
   result.number_in("run.sample_temperature", 0, 1e6);
   result.choice("checkpoint.keep_best", {"", "val_loss"});
+  result.choice("checkpoint.busy", {"wait", "skip", "supersede"});
+  result.choice("checkpoint.overflow", {"block", "spill"});
+  result.flag("checkpoint.direct");
+  result.flag("checkpoint.gpu_clone");
   return result;
 }
 

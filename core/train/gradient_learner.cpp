@@ -49,6 +49,10 @@ class GradientLearner : public Learner {
     return {total / static_cast<double>(std::max<int64_t>(counted, 1)), clip.norm, update.skip};
   }
 
+  void before_update(std::function<void(at::TensorList)> hook) override {
+    optimizer_->before_update(std::move(hook));
+  }
+
   at::Tensor evaluate(const data::Batch& batch) override {
     const torch::NoGradGuard no_grad;
     model_->eval();

@@ -10,6 +10,7 @@
 #include <ounce/core/step_control.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -43,6 +44,9 @@ class Learner : public Stateful {
   // counted targets of all of them.
   virtual StepReport step(const std::vector<data::Batch>& micro_batches,
                           const StepControl& control) = 0;
+  // Called in every step before it changes the model or its own state, with the tensors it is about
+  // to change; empty = all of them. A checkpoint's gate goes here.
+  virtual void before_update(std::function<void(at::TensorList)> hook) = 0;
   // Loss summed over the counted targets, no gradients, eval mode: fp32 device scalar.
   virtual at::Tensor evaluate(const data::Batch& batch) = 0;
   // The forward and backward pass of a step without its update, for the memory plan. Leaves

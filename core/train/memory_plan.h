@@ -33,8 +33,8 @@ struct MemoryPlan {
 MemoryPlan measure_memory_plan(Learner& learner, const data::Batch& batch, bool accumulates,
                                at::Device device);
 
-// Fault::kProblem where `bytes` more are not free on the device: a CPU's kernel would end the process
-// without a word.
+// Fault::kProblem where `bytes` more are not free on the device: a CPU's kernel would end the
+// process without a word.
 void check_fits(int64_t bytes, const char* what, at::Device device);
 
 bool is_out_of_memory(const c10::Error& error);

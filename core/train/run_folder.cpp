@@ -3,6 +3,7 @@
 #include <ounce/ckpt/restore.h>
 #include <ounce/core/check.h>
 #include <ounce/core/train/config.h>
+#include <ounce/core/train/run_checkpoints.h>
 #include <ounce/core/train/run_folder.h>
 
 #include <charconv>
@@ -97,10 +98,10 @@ void RunFolder::write_config(const Options& config) const {
   for (const auto& folder : {parent, parent.parent_path()}) files->sync_directory(folder.string());
 }
 
-std::string RunFolder::checkpoints(const Options& config) const {
-  const auto& level = config.find("checkpoint.levels")->array().at(0).table();
-  const fs::path path = level.text("path");
-  return path.is_absolute() ? path.string() : (fs::path(path_) / path).string();
+std::vector<std::string> RunFolder::checkpoints(const Options& config) const {
+  std::vector<std::string> paths;
+  for (const auto& level : checkpoint_levels(config, path_)) paths.push_back(level.path);
+  return paths;
 }
 
 }  // namespace ounce

@@ -5,6 +5,7 @@
 #include <ounce/core/options.h>
 
 #include <string>
+#include <vector>
 
 namespace ounce {
 
@@ -25,8 +26,8 @@ class RunFolder {
   Options config() const;
   // Replaces config.toml durably in one step (a resumed run may change intervals).
   void write_config(const Options& config) const;
-  // The folder of the checkpoints: the first level's path, below the run unless absolute.
-  std::string checkpoints(const Options& config) const;
+  // The folders of the checkpoints, level by level; below the run unless absolute.
+  std::vector<std::string> checkpoints(const Options& config) const;
 
  private:
   explicit RunFolder(std::string path) : path_(std::move(path)) {}

@@ -96,8 +96,6 @@ std::vector<Record::Field> config_record(Session& session, const std::optional<M
   return fields;
 }
 
-std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
-
 std::string printable(const std::string& bytes) {
   std::string result;
   for (size_t i = 0; i < bytes.size();) {

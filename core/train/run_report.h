@@ -21,7 +21,6 @@ std::vector<std::string> end_block(Session& session, const std::optional<MemoryP
 // The fields of the `config` record.
 std::vector<Record::Field> config_record(Session& session, const std::optional<MemoryPlan>& plan);
 
-std::string first_line(const std::string& text);
 // Control bytes and broken UTF-8 replaced, for a terminal and for JSON.
 std::string printable(const std::string& bytes);
 

@@ -51,7 +51,12 @@ std::string piece(const std::string& name, const Record::Data& data) {
   if (name == "tok_s") return format_count(value) + " tok/s";
   if (name == "mfu") return format_fixed(100 * value, 1) + "% MFU";
   if (name == "mem" || name == "bytes") return format_bytes(static_cast<int64_t>(value));
-  if (name == "ckpt_step") return "ckpt " + format_fixed(value, 0) + " durable";
+  if (name == "ckpt_step") return "ckpt " + format_fixed(value, 0);
+  if (name == "ckpt_written") return format_fixed(100 * value, 0) + "%";
+  if (name == "gb_s") return format_fixed(value, 2) + " GB/s";
+  if (name == "captured_s") return "captured " + format_duration(value);
+  if (name == "blocked_ms") return "blocked " + format_fixed(value, 1) + " ms";
+  if (name == "retries") return value > 0 ? "retries " + format_fixed(value, 0) : "";
   if (name == "eta_s") return "eta " + format_duration(value);
   if (name == "val_loss") return "validation loss " + format_fixed(value, 4);
   if (name == "best") return "best " + format_fixed(value, 4);
@@ -85,10 +90,18 @@ class ConsoleSink final : public MetricsSink {
     static constexpr const char* order[] = {"loss", "norm", "lr",        "ms",   "tok_s",
                                             "mfu",  "mem",  "ckpt_step", "eta_s"};
     for (const auto* name : order) {
-      if (const auto* data = find(record, name)) line += " | " + piece(name, *data);
+      const auto* data = find(record, name);
+      if (data == nullptr) continue;
+      line += " | " + piece(name, *data);
+      if (name != std::string_view("ckpt_step")) continue;
+      const auto* written = find(record, "ckpt_written");
+      line += " " + (written != nullptr ? piece("ckpt_written", *written) : "durable");
     }
     for (const auto& [name, data] : record.fields) {
-      if (std::find(std::begin(order), std::end(order), name) != std::end(order)) continue;
+      if (name == "ckpt_written" ||
+          std::find(std::begin(order), std::end(order), name) != std::end(order)) {
+        continue;
+      }
       const auto text = piece(name, data);
       if (!text.empty()) line += " | " + text;
     }

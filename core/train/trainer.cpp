@@ -9,6 +9,7 @@
 #include <ounce/core/train/config.h>
 #include <ounce/core/train/format.h>
 #include <ounce/core/train/memory_plan.h>
+#include <ounce/core/train/run_checkpoints.h>
 #include <ounce/core/train/run_folder.h>
 #include <ounce/core/train/run_report.h>
 #include <ounce/core/train/schedule.h>
@@ -59,7 +60,6 @@ struct Trainer::Impl {
   TrainResult run();
 
   void open_run();
-  void open_checkpoints();
   void resume();
   void start();
   void finish();
@@ -69,8 +69,8 @@ struct Trainer::Impl {
   void report_step(const StepNumbers& numbers);
   void evaluate(bool final);
   void sample();
-  void save();
-  void try_to_save();
+  void save(bool last);
+  void announce(const std::vector<RunCheckpoints::News>& news, bool last);
   bool due(const char* interval) const {
     const auto every = options.config.integer(interval);
     return every > 0 && progress.step % every == 0;
@@ -95,10 +95,10 @@ struct Trainer::Impl {
   TrainerOptions options;
   std::ostream& out;
   std::optional<RunFolder> folder;
-  std::string resume_from;  // where the checkpoint to resume lies; empty = fresh
+  std::vector<std::string> resume_from;  // where checkpoints to resume may lie; empty = fresh
   std::unique_ptr<Session> session;
   std::shared_ptr<Schedule> schedule;
-  std::unique_ptr<ckpt::Checkpointer> checkpointer;
+  std::optional<RunCheckpoints> checkpoints;
   std::vector<std::unique_ptr<MetricsSink>> sinks;
   Progress progress;
   std::optional<MemoryPlan> plan;
@@ -106,7 +106,6 @@ struct Trainer::Impl {
   StepClock clock;
   int64_t lap_start = 0;  // first step of the timing lap
   int64_t stop = 0;
-  int64_t saved_step = -1;
   int64_t valid_step = -1;  // step of the last evaluation
   double valid_loss = std::nan("");
   double best_valid_loss = std::numeric_limits<double>::infinity();
@@ -132,7 +131,7 @@ void Trainer::Impl::open_run() {
     // A checkpoint by its own path: its run goes on in --out.
     OUNCE_CHECK(!options.out.empty(), "[train] --resume ", options.resume,
                 " is not a run folder; say with --out where the run goes on");
-    resume_from = options.resume;
+    resume_from = {options.resume};
     if (!fs::exists(fs::path(options.out) / "config.toml")) {
       return RunFolder::check_free(options.out);
     }
@@ -145,24 +144,20 @@ void Trainer::Impl::open_run() {
 }
 
 void Trainer::Impl::resume() {
-  const auto report = ckpt::load_checkpoint(resume_from, std::nullopt, objects());
+  const auto report = ckpt::load_checkpoint(resume_from, objects());
   warn_of(report.rejected);
-  for (const auto& earlier : ckpt::list_checkpoints(resume_from)) {
-    const auto loss = earlier.metrics.find("val_loss");
-    if (loss != earlier.metrics.end()) best_valid_loss = std::fmin(best_valid_loss, loss->second);
+  for (const auto& root : resume_from) {
+    if (resume_from.size() > 1 && !std::filesystem::exists(root)) continue;
+    for (const auto& earlier : ckpt::list_checkpoints(root)) {
+      const auto loss = earlier.metrics.find("val_loss");
+      if (loss != earlier.metrics.end()) best_valid_loss = std::fmin(best_valid_loss, loss->second);
+    }
   }
   // Saving the step that is there already would say nothing new.
-  if (folder && resume_from == folder->checkpoints(options.config)) saved_step = progress.step;
+  if (checkpoints && resume_from == folder->checkpoints(options.config)) {
+    checkpoints->set_durable(progress.step);
+  }
   say("resumed from " + report.info.path + " at step " + std::to_string(progress.step));
-}
-
-void Trainer::Impl::open_checkpoints() {
-  const auto& config = options.config;
-  checkpointer = std::make_unique<ckpt::Checkpointer>(
-      ckpt::CheckpointerOptions{.levels = {{.path = folder->checkpoints(config),
-                                            .keep_last = config.integer("checkpoint.keep_last"),
-                                            .keep_every = config.integer("checkpoint.keep_every"),
-                                            .keep_best = config.text("checkpoint.keep_best")}}});
 }
 
 void Trainer::Impl::start() {
@@ -196,11 +191,15 @@ void Trainer::Impl::start() {
   }
   // A run that there is already is locked and swept up before anything of it is read; a new one is
   // made when nothing else can fail.
-  if (folder && !options.dry_run) open_checkpoints();
+  if (folder && !options.dry_run) checkpoints.emplace(config, folder->path());
   if (!resume_from.empty()) resume();
   if (!folder && !options.dry_run) {
     folder = RunFolder::create(options.out, options.name, config);
-    open_checkpoints();
+    checkpoints.emplace(config, folder->path());
+  }
+  if (checkpoints) {
+    session->learner->before_update(checkpoints->gate());
+    checkpoints->prepare(objects());
   }
   for (const auto& line : start_block(*session, plan, progress.step, stop)) say(line);
   if (options.dry_run) return;
@@ -245,13 +244,16 @@ void Trainer::Impl::settle() {
   pending.reset();
   progress.skipped_in_row = numbers.skipped ? progress.skipped_in_row + 1 : 0;
   if (numbers.skipped) {
+    if (progress.skipped_in_row == kMostSkippedInARow) announce(checkpoints->wait(), false);
     out << "WARNING: step " << numbers.step << " was not finite (loss " << numbers.loss << ", norm "
         << numbers.norm << "): skipped, nothing changed" << std::endl;
-    OUNCE_CHECK_AS(Fault::kProblem, progress.skipped_in_row < kMostSkippedInARow, "[train] ",
-                   kMostSkippedInARow, " steps in a row were not finite, up to step ", numbers.step,
-                   "; lower optimizer.lr, or look at the data; ",
-                   saved_step < 0 ? "there is no checkpoint yet"
-                                  : "the last checkpoint is step " + std::to_string(saved_step));
+    OUNCE_CHECK_AS(
+        Fault::kProblem, progress.skipped_in_row < kMostSkippedInARow, "[train] ",
+        kMostSkippedInARow, " steps in a row were not finite, up to step ", numbers.step,
+        "; lower optimizer.lr, or look at the data; ",
+        checkpoints->durable_step() < 0
+            ? "there is no checkpoint yet"
+            : "the last checkpoint is step " + std::to_string(checkpoints->durable_step()));
   }
   report_step(numbers);
 }
@@ -283,7 +285,12 @@ void Trainer::Impl::report_step(const StepNumbers& numbers) {
   }
   fields.emplace_back("mem", memory_use(session->device).peak);
   fields.emplace_back("steps", stop);
-  if (saved_step >= 0) fields.emplace_back("ckpt_step", saved_step);
+  if (const auto saving = checkpoints->in_flight()) {
+    fields.emplace_back("ckpt_step", saving->first);
+    fields.emplace_back("ckpt_written", saving->second);
+  } else if (checkpoints->durable_step() >= 0) {
+    fields.emplace_back("ckpt_step", checkpoints->durable_step());
+  }
   write("train", numbers.step, std::move(fields));
 }
 
@@ -324,34 +331,50 @@ void Trainer::Impl::sample() {
   clock.start();
 }
 
-void Trainer::Impl::save() {
+// Begins to save; training goes on while it is written. The last save of a run is waited for, and
+// goes to every level.
+void Trainer::Impl::save(bool last) {
   settle();
-  if (saved_step == progress.step) return;
   clock.pause();
-  std::map<std::string, double> metrics;
-  if (valid_step == progress.step && std::isfinite(valid_loss)) metrics["val_loss"] = valid_loss;
-  const auto report = checkpointer->save_and_wait(progress.step, objects(),
-                                                  {.notes = {{"config", options.config.to_toml()},
-                                                             {"command", options.command},
-                                                             {"torch", TORCH_VERSION}},
-                                                   .metrics = metrics});
-  for (const auto& warning : report.warnings) out << "WARNING: " << warning << std::endl;
-  saved_step = progress.step;
-  write("ckpt", progress.step, {{"seconds", report.seconds}, {"bytes", report.bytes}});
+  if (last) announce(checkpoints->wait(), last);
+  if (!checkpoints->has(progress.step)) {
+    ckpt::SaveOptions with{.notes = {{"config", options.config.to_toml()},
+                                     {"command", options.command},
+                                     {"torch", TORCH_VERSION}},
+                           .all_levels = last};
+    if (valid_step == progress.step && std::isfinite(valid_loss)) {
+      with.metrics["val_loss"] = valid_loss;
+    }
+    checkpoints->save(progress.step, objects(), with);
+  }
+  if (last) {
+    announce(checkpoints->wait(), last);
+    checkpoints->finish();
+    announce({}, last);
+  }
   clock.start();
 }
 
-// Training goes on where a disk that is full for a while does not take a checkpoint; the last save
-// of a run is not so lucky.
-void Trainer::Impl::try_to_save() {
-  try {
-    save();
-  } catch (const Error& error) {
-    if (error.fault() != Fault::kData) throw;
-    clock.start();
-    out << "WARNING: step " << progress.step
-        << " was not saved, training goes on: " << error.what_without_backtrace() << std::endl;
+// What became of saves. Training goes on where a disk that is full for a while does not take one;
+// the last save of a run is not so lucky.
+void Trainer::Impl::announce(const std::vector<RunCheckpoints::News>& news, bool last) {
+  for (const auto& item : news) {
+    if (!item.report) {
+      if (last && item.step == progress.step) fail(item.fault, item.error);
+      out << "WARNING: step " << item.step << " was not saved, training goes on: " << item.error
+          << std::endl;
+      continue;
+    }
+    const auto& report = *item.report;
+    write("ckpt", item.step,
+          {{"seconds", report.seconds},
+           {"bytes", report.bytes},
+           {"gb_s", static_cast<double>(report.bytes) / report.seconds / 1e9},
+           {"captured_s", report.captured},
+           {"blocked_ms", (report.blocked + report.stalled) * 1e3},
+           {"retries", report.retries}});
   }
+  for (const auto& warning : checkpoints->warnings()) out << "WARNING: " << warning << std::endl;
 }
 
 void Trainer::Impl::train() {
@@ -361,14 +384,15 @@ void Trainer::Impl::train() {
     if (progress.step == stop) break;
     if (due("run.eval_every")) evaluate(false);
     if (due("run.sample_every")) sample();
-    if (due("checkpoint.every")) try_to_save();
+    if (checkpoints->due(progress.step)) save(false);
+    announce(checkpoints->poll(), false);
   }
   settle();
 }
 
 void Trainer::Impl::finish() {
   if (SignalGuard::received() == nullptr) evaluate(true);
-  save();
+  save(true);
   if (SignalGuard::received() == nullptr && options.config.integer("run.sample_tokens") > 0)
     sample();
 }

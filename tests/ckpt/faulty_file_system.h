@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: MIT
 // A file system that fails on purpose: call number k, counted from 0 over every call that can fail,
 // or short writes and interrupted calls all the time. Nothing is really synced: no power is lost in
-// these tests, and thousands of saves would wait for the disk.
+// these tests, and thousands of saves would wait for the disk. Calls may come from several threads.
 #pragma once
 
 #include <errno.h>
 #include <ounce/ckpt/file_system.h>
 
+#include <atomic>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,9 +26,10 @@ class FaultyFileSystem : public FileSystem {
   bool short_transfers = false;  // every read and write does a part, every other one is interrupted
   bool no_allocate = false;      // allocate() is not supported
   bool no_exchange = false;      // nor is exchange()
-  int64_t calls = 0;
+  std::atomic<int64_t> calls{0};
   std::string failed;             // the kind of the call that failed
   std::function<void()> instead;  // runs once before the call that would fail, which then does not
+  std::function<void(const std::string& kind)> before;  // runs before every call; may wait
 
   int open(const std::string& path, Mode mode, int& descriptor) override {
     if (fails("open")) return error;
@@ -88,9 +91,11 @@ class FaultyFileSystem : public FileSystem {
 
  private:
   bool fails(const char* kind) {
+    if (before) before(kind);
     if (!only.empty() && only != kind) return false;
     const auto call = calls++;
     if (fail_at < 0 || call < fail_at || (call > fail_at && !persistent)) return false;
+    const std::lock_guard lock(mutex_);
     if (failed.empty()) failed = kind;
     if (!instead) return true;
     std::exchange(instead, nullptr)();
@@ -101,7 +106,8 @@ class FaultyFileSystem : public FileSystem {
   size_t part(size_t size) const { return short_transfers ? (size + 2) / 3 : size; }
 
   std::shared_ptr<FileSystem> real_ = posix_file_system();
-  int64_t transfers_ = 0;
+  std::atomic<int64_t> transfers_{0};
+  std::recursive_mutex mutex_;
 };
 
 }  // namespace ounce::ckpt

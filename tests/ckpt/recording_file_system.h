@@ -30,6 +30,8 @@ class RecordingFileSystem : public FaultyFileSystem {
   int open(const std::string& path, Mode mode, int& descriptor) override {
     // The syncs of the hint come after the commit and would stand in for missing ones.
     if (path.ends_with("/LATEST.tmp")) return EACCES;
+    // Replayed call by call: nothing goes past the log, and no two writers mix theirs.
+    if (mode == Mode::kReadDirect || mode == Mode::kWriteDirect) return EINVAL;
     const int error = FaultyFileSystem::open(path, mode, descriptor);
     if (error != 0 || mode == Mode::kRead) return error;
     paths_[descriptor] = path;

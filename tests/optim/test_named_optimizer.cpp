@@ -14,7 +14,7 @@ namespace {
 using ounce::Options;
 using ounce::optim::AdamWOptions;
 using ounce::optim::FusedAdamW;
-using ounce::optim::glob_matches;
+using ounce::glob_matches;
 using ounce::optim::named_parameters;
 using ounce::optim::NamedOptimizer;
 using ounce::optim::NamedParameters;
@@ -41,8 +41,7 @@ class Momentum : public NamedOptimizer {
       velocity.push_back(at::zeros_like(parameter.detach()));
     }
   }
-  using NamedOptimizer::step;
-  void step(const ounce::StepControl&) override {
+  void update(const ounce::StepControl&) override {
     const at::NoGradGuard no_grad;
     for (size_t i = 0; i < velocity.size(); ++i) {
       at::Tensor parameter = parameters()[i].second;
