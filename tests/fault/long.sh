@@ -46,8 +46,8 @@ build_targets() {
   done
 }
 
-stat_of() { sed -n "s/^$1 *//p" "$log" | tail -n 1; }
-last_of() { sed -n "s/.* $1: \([0-9]*\).*/\1/p" "$log" | tail -n 1; }
+# The last number that libFuzzer printed behind WORD; 0 where it never did.
+last_of() { sed -n "s/.*$1: *\([0-9]*\).*/\1/p" "$log" | awk '{ last = $1 } END { print last + 0 }'; }
 
 fuzz() {
   seconds=${1:-600}
@@ -58,11 +58,10 @@ fuzz() {
     "$build/fuzz_$format" "$build/corpus/$format" "$root/tests/fault/corpus/$format" \
       -dict="$root/tests/fault/fuzz/$format.dict" -max_len=8192 -timeout=10 -malloc_limit_mb=16 \
       -rss_limit_mb=1024 -max_total_time="$seconds" -artifact_prefix="$found/" -print_final_stats=1 \
-      >"$log" 2>&1 || status=1
+      >"$log" 2>&1 || { status=1 && tail -n 40 "$log" && echo "inputs that fail: $found" >&2; }
     crashes=$(find "$found" -type f | wc -l)
-    [ "$crashes" = 0 ] || { status=1 && tail -n 40 "$log" && echo "inputs: $found" >&2; }
-    record fuzz "\"target\":\"$format\",\"seconds\":$seconds,\"executions\":$(stat_of \
-      stat::number_of_executed_units:),\"coverage\":$(last_of cov),\"features\":$(last_of ft),\"crashes\":$crashes"
+    record fuzz "\"target\":\"$format\",\"seconds\":$seconds,\"executions\":$(last_of executed_units),\"coverage\":$(
+      last_of ' cov'),\"features\":$(last_of ' ft'),\"crashes\":$crashes"
   done
 }
 
@@ -74,7 +73,7 @@ corpus() {
   for format in $formats; do
     tracked=$root/tests/fault/corpus/$format minimal=$build/minimal
     rm -rf "$minimal" && mkdir -p "$minimal" "$build/corpus/$format"
-    find "$tracked" -type f ! -regex '.*/[0-9a-f]*' -exec cp {} "$minimal" \;
+    find "$tracked" -type f -regextype posix-extended ! -regex '.*/[0-9a-f]{40}' -exec cp {} "$minimal" \;
     "$build/fuzz_$format" -set_cover_merge=1 -use_counters=0 -max_len=8192 "$minimal" "$tracked" "$build/corpus/$format"
     rm -f "$tracked"/* && mv "$minimal"/* "$tracked"
   done
