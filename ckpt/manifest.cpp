@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <utility>
 
 namespace ounce::ckpt {
@@ -202,6 +203,8 @@ TensorRecord parse_tensor(const Json& json, const Manifest& manifest) {
   for (const auto& size : shape) tensor.shape.push_back(integer_of(size));
   if (json.contains("tied_to")) {
     tensor.tied_to = text_of(json["tied_to"]);
+    // No name means that the tensor has bytes of its own, which were not checked.
+    require(!tensor.tied_to.empty(), "'" + tensor.name + "' is tied to no name");
   } else {
     parse_extent(json, manifest, tensor);
   }
@@ -300,7 +303,13 @@ Manifest parse_manifest(std::string_view text) {
   manifest.block_bytes = integer_of(member(json, "block_bytes"), 1, int64_t{1} << 30);
   const auto& files = list_of(json, "files");
   require(files.size() <= kMostFiles, "more than " + std::to_string(kMostFiles) + " files");
-  for (const auto& file : files) manifest.files.push_back(parse_file(file));
+  std::set<std::string> file_names;
+  for (const auto& file : files) {
+    manifest.files.push_back(parse_file(file));
+    const auto& name = manifest.files.back().name;
+    require(file_names.insert(name).second,
+            "the file '" + name.substr(0, 80) + "' stands there twice");
+  }
   for (const auto& scalar : list_of(json, "scalars")) {
     const auto name = text_of(member(scalar, "name"));
     require(

@@ -56,12 +56,54 @@ COLUMNS = {
     "peer_peak_bytes": ("peer MiB", lambda v: f"{v / 2**20:.1f}"),
     "share_of_limit": ("share of the limit", "{:.0%}".format),
     "difference": ("difference", "{:.0e}".format),
+    "cell": ("cell", str),
+    "state_gb": ("state GB", "{:.2f}".format),
+    "fb_ms": ("forward + backward ms", "{:.0f}".format),
+    "every": ("steps a save", str),
+    "saves": ("saves", str),
+    "step_ms": ("step ms", "{:.1f}".format),
+    "blocked_ms": ("blocked ms", "{:.1f}".format),
+    "call_ms": ("call ms", "{:.1f}".format),
+    "durable_s": ("durable s", "{:.2f}".format),
+    "slowdown_copy_pct": ("slower in the copy %", "{:.1f}".format),
+    "slowdown_flush_pct": ("slower in the flush %", "{:.1f}".format),
+    "extra_rss_mb": ("extra RSS MB", "{:.0f}".format),
+    "restore_s": ("restore s", "{:.2f}".format),
+    "restore_cache": ("page cache", str),
+    "item_us": (".item() us", "{:.0f}".format),
+    "item_copy_us": (".item() in the copy us", "{:.0f}".format),
+    "d2h_gb_s": ("D2H GB/s", "{:.1f}".format),
+    "h2d_gb_s": ("H2D GB/s", "{:.1f}".format),
+    "disk_write_gb_s": ("disk write GB/s", "{:.2f}".format),
+    "disk_read_gb_s": ("disk read GB/s", "{:.2f}".format),
+    "error": ("error", lambda v: v.replace("|", "/")),
+    "target": ("input", str),
+    "seconds": ("seconds", str),
+    "count": ("count", "{:,}".format),
+    "failures": ("failures", str),
+    "executions": ("executions", "{:,}".format),
+    "coverage": ("edges", "{:,}".format),
+    "features": ("features", "{:,}".format),
+    "crashes": ("crashes", str),
 }
 DEFAULT_COLUMNS = {
     "bench": "name shape dtype forward_ms backward_ms both_ms peak_bytes share_of_limit".split(),
+    "ckpt": "peer state_gb fb_ms every blocked_ms durable_s slowdown_flush_pct extra_rss_mb restore_s".split(),
+    "fuzz": "target seconds executions coverage features crashes".split(),
+    "kill": "count seconds failures".split(),
+    "flips": "count seconds failures".split(),
     "peers": "peer shape dtype pass ours_ms peer_ms ratio ours_peak_bytes peer_peak_bytes".split(),
 }
-IDENTITY = ("t", "family", "name", "peer", "shape", "dtype", "pass", "device")
+IDENTITY = "t family name peer shape dtype pass device state_gb fb_ms every target".split()
+# Limits that a table of a kind ends with.
+RATES = {
+    "copy_gb_s": "copy {:.0f} GB/s",
+    "matmul_tflop_s": "matmul {:.2f} TFLOP/s",
+    "d2h_gb_s": "device to host {:.1f} GB/s",
+    "h2d_gb_s": "host to device {:.1f} GB/s",
+    "disk_write_gb_s": "disk writes {:.2f} GB/s",
+    "disk_read_gb_s": "disk reads {:.2f} GB/s",
+}
 
 
 def read_rows(name, wanted):
@@ -96,10 +138,9 @@ def table(name, settings):
     places = sorted({(r["device"], r.get("version") or "torch " + r["torch"], r["commit"], r["date"][:10]) for r in rows})
     for device, version, commit, date in places:
         text += f"\n{device}; {version}; commit {commit or 'unknown'}; {date}"
-    rates = [r for r in rows if "copy_gb_s" in r]
+    rates = [form.format(rows[-1][key]) for key, form in RATES.items() if rows[-1].get(key) is not None]
     if rates:
-        r = rates[-1]
-        text += f"; copy {r['copy_gb_s']:.0f} GB/s, matmul {r['matmul_tflop_s']:.2f} TFLOP/s in the same run"
+        text += "; " + ", ".join(rates) + " in the same run"
     return text + ".\n"
 
 

@@ -87,8 +87,11 @@ TEST(Manifest, RefusesWhatItCannotTrust) {
       manifest_with("[]", "1", "/etc/passwd"),
       manifest_with("[]", "0"),
       manifest_with("[]", "\"1\""),
+      manifest_with("[]", "1", R"(f","size":0,"rest_xxh3":""},{"name":"f)"),
       manifest_with("[{\"name\":\"a\",\"dtype\":\"float32\",\"class\":\"\",\"shape\":[],"
-                    "\"tied_to\":\"a\"}]")};
+                    "\"tied_to\":\"a\"}]"),
+      manifest_with("[{\"name\":\"a\",\"dtype\":\"float32\",\"class\":\"\",\"shape\":[10],"
+                    "\"tied_to\":\"\"}]")};
   for (const auto& text : bad) {
     EXPECT_EQ(kind_of(text), StorageError::Kind::kDamaged) << text.substr(0, 400);
   }
@@ -249,7 +252,7 @@ TEST_F(Damage, ANewerFormatIsNotPassedOver) {
 TEST_F(Damage, AManifestOfMoreFilesThanRanksIsRefused) {
   std::string list;
   for (size_t i = 0; i <= kMostFiles; ++i) {
-    list += R"({"name":"f","size":0,"rest_xxh3":""},)";
+    list += "{\"name\":\"f" + std::to_string(i) + "\",\"size\":0,\"rest_xxh3\":\"\"},";
   }
   list.back() = ']';
   const auto text = bytes_of(paths_[1] + "/manifest.json");
