@@ -18,6 +18,7 @@
 #include <nlohmann/json.hpp>
 
 #include "bench.h"
+#include "bench_ckpt.h"
 
 namespace ounce::bench {
 namespace {
@@ -106,7 +107,7 @@ void run(const Arguments& arguments) {
   using Maker = std::vector<Case> (*)(at::Device);
   const std::vector<std::pair<std::string, Maker>> known{
       {"cce", cce_cases}, {"gla", gla_cases}, {"norm", norm_cases}, {"train", train_cases}};
-  std::vector<std::string> names;
+  std::vector<std::string> names{"ckpt"};
   for (const auto& item : known) names.push_back(item.first);
   for (const auto& family : arguments.families) {
     OUNCE_CHECK(std::find(names.begin(), names.end(), family) != names.end(), "[bench] no family '",
@@ -132,16 +133,23 @@ void run(const Arguments& arguments) {
     file.open(arguments.json, std::ios::app);
     OUNCE_CHECK_AS(Fault::kData, file.good(), "[bench] cannot write '", arguments.json, "'");
   }
+  const auto chosen = [&](const std::string& family) {
+    const auto& given = arguments.families;
+    return given.empty() || std::find(given.begin(), given.end(), family) != given.end();
+  };
   for (const auto& [family, cases] : known) {
-    const auto& chosen = arguments.families;
-    if (!chosen.empty() && std::find(chosen.begin(), chosen.end(), family) == chosen.end())
-      continue;
+    if (!chosen(family)) continue;
     for (const auto& item : cases(device)) {
       auto row = run_case(item, device, rates, arguments.seconds);
       row.update(where);
       if (file.is_open()) file << row.dump() << std::endl;
     }
   }
+  if (!chosen("ckpt")) return;
+  run_ckpt(device, arguments.seconds == 0, [&](auto row) {
+    row.update(where);
+    if (file.is_open()) file << row.dump() << std::endl;
+  });
 }
 
 }  // namespace
@@ -151,7 +159,7 @@ int main(int argc, char** argv) {
   ounce::bench::Arguments arguments;
   CLI::App app(
       "Benchmarks: a line a case; limit = least possible time by this machine's rates / time");
-  app.add_option("family", arguments.families, "cce, gla, norm, train; default all");
+  app.add_option("family", arguments.families, "cce, gla, norm, train, ckpt; default all");
   app.add_option(
       "--json", arguments.json,
       "append a JSON object a case to this file; OUNCE_COMMIT names the commit without git");
