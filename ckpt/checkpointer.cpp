@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <ounce/ckpt/background.h>
 #include <ounce/ckpt/capture.h>
 #include <ounce/ckpt/checkpointer.h>
 #include <ounce/ckpt/commit.h>
@@ -98,6 +99,7 @@ struct Checkpointer::Impl {
     if (!options.drain) cancel_active();
     finish_active();
     if (options.drain) copies.wait_idle(Clock::time_point::max());
+    removals.wait_idle(Clock::time_point::max());
   }
 
   void open();
@@ -117,9 +119,12 @@ struct Checkpointer::Impl {
   void ensure_pool(const std::vector<Slot>& slots);
   void begin(std::shared_ptr<Ticket::State> state, Snapshot snapshot, Manifest manifest,
              std::vector<size_t> levels);
-  void work(Ticket::State& state, Manifest manifest, const std::vector<size_t>& levels);
+  void work(const std::shared_ptr<Ticket::State>& state, Manifest manifest,
+            const std::vector<size_t>& levels);
   WriteRequest request_for(Ticket::State& state, Manifest manifest, const Level& level);
-  void retain(size_t level, std::vector<std::string>& warnings);
+  void retain(size_t level, const std::shared_ptr<Ticket::State>& state,
+              std::vector<std::string>& warnings);
+  void check_room(const std::string& root, const Manifest& manifest);
   void hand_on(const std::shared_ptr<Ticket::State>& state, std::vector<size_t> levels,
                const std::string& folder, bool must);
   void enter(const char* phase) const {
@@ -138,7 +143,7 @@ struct Checkpointer::Impl {
   std::shared_ptr<Ticket::State> active;  // the newest save, until the next
   std::thread thread;                     // which writes it
   std::atomic<bool> capturing{false};     // a gate has work
-  LevelCopies copies;
+  Background copies, removals;
 };
 
 void Checkpointer::Impl::open() {
@@ -217,10 +222,7 @@ Ticket Checkpointer::Impl::save(int64_t step, const Objects& objects, const Save
   manifest.notes = with.notes;
   manifest.metrics = with.metrics;
   try {
-    writing([&] {
-      check_space(*options.file_system, options.levels[levels[0]].path, step,
-                  needed_bytes(manifest));
-    });
+    writing([&] { check_room(options.levels[levels[0]].path, manifest); });
   } catch (const Error& error) {
     state->end(Ticket::Stage::kFailed, error.fault(), error.what_without_backtrace());
     return ticket;
@@ -230,6 +232,17 @@ Ticket Checkpointer::Impl::save(int64_t step, const Objects& objects, const Save
   begin(state, std::move(snapshot), std::move(manifest), std::move(levels));
   state->blocked(since(state->start));
   return ticket;
+}
+
+void Checkpointer::Impl::check_room(const std::string& root, const Manifest& manifest) {
+  auto& files = *options.file_system;
+  const auto needed = needed_bytes(manifest);
+  int64_t free = 0;
+  if (files.free_bytes(root, free) == 0 && free < needed) {
+    // Old steps may still be on their way out.
+    removals.wait_idle(deadline(std::chrono::duration<double>(options.timeout)));
+  }
+  check_space(files, root, manifest.step, needed);
 }
 
 void Checkpointer::Impl::ensure_pool(const std::vector<Slot>& slots) {
@@ -267,7 +280,7 @@ void Checkpointer::Impl::begin(std::shared_ptr<Ticket::State> state, Snapshot sn
   capturing = true;
   set_newest(state);
   thread = std::thread([this, state, manifest = std::move(manifest), levels = std::move(levels)] {
-    work(*state, manifest, levels);
+    work(state, manifest, levels);
     if (state->stage() == Ticket::Stage::kDurable) {
       hand_on(state, {levels.begin() + 1, levels.end()}, state->report().info.path,
               state->all_levels);
@@ -295,8 +308,9 @@ WriteRequest Checkpointer::Impl::request_for(Ticket::State& state, Manifest mani
 }
 
 // The thread of a save, from its first byte to its retention.
-void Checkpointer::Impl::work(Ticket::State& state, Manifest manifest,
+void Checkpointer::Impl::work(const std::shared_ptr<Ticket::State>& shared, Manifest manifest,
                               const std::vector<size_t>& levels) {
+  auto& state = *shared;
   const auto capture = state.capture;
   std::thread copier([&] {
     try {
@@ -322,6 +336,7 @@ void Checkpointer::Impl::work(Ticket::State& state, Manifest manifest,
     double stalled = 0;
     for (const auto& [device, stream] : streams) stalled += stream->stalled_seconds();
     state.durable(levels[0], info_of(result.manifest, result.path), result, stalled);
+    state.pool(pool->count() * pool->buffer_bytes());
   } catch (const Error& error) {
     return fail(error.fault(), error.what_without_backtrace());
   } catch (const std::exception& error) {
@@ -330,7 +345,7 @@ void Checkpointer::Impl::work(Ticket::State& state, Manifest manifest,
   auto late = std::exchange(warnings, {});
   try {
     enter("retention");
-    retain(levels[0], late);
+    retain(levels[0], shared, late);
     enter("done");
   } catch (const std::exception& error) {
     late.push_back(first_line(error.what()));
@@ -339,16 +354,18 @@ void Checkpointer::Impl::work(Ticket::State& state, Manifest manifest,
 }
 
 // The step just written is good; behind it nothing else is known to be.
-void Checkpointer::Impl::retain(size_t index, std::vector<std::string>& warnings) {
+void Checkpointer::Impl::retain(size_t index, const std::shared_ptr<Ticket::State>& state,
+                                std::vector<std::string>& warnings) {
   const auto& level = options.levels[index];
   auto& files = *options.file_system;
   const RetentionRule rule{level.keep_last, level.keep_every, level.keep_best, level.best_count,
                            level.best_is_highest};
   auto victims = steps_to_remove(files, scan_root(files, level.path).steps, rule);
   std::erase_if(victims, [&](const auto& path) { return copies.uses(path); });
-  for (auto& warning : remove_steps(files, level.path, victims)) {
-    warnings.push_back(std::move(warning));
-  }
+  const auto hidden = hide_steps(files, level.path, victims, warnings);
+  if (hidden.empty()) return;
+  removals.add(
+      {.run = [this, state, hidden] { state->warn(remove_hidden(*options.file_system, hidden)); }});
 }
 
 // Fills the next level from the one before it, and so on.
@@ -364,7 +381,7 @@ void Checkpointer::Impl::hand_on(const std::shared_ptr<Ticket::State>& state,
       late = copy_step(options.file_system, folder, level.path, level.sync, options.direct);
       state->durable(index);
       hand_on(state, levels, level.path + "/" + step_name(state->step), must);
-      retain(index, late);
+      retain(index, state, late);
     } catch (const std::exception& error) {
       late.push_back(first_line(error.what()));
     }
@@ -374,7 +391,10 @@ void Checkpointer::Impl::hand_on(const std::shared_ptr<Ticket::State>& state,
     state->warn({"[checkpoint] step " + std::to_string(state->step) + " was not copied to '" +
                  level.path + "': a newer one came first"});
   };
-  copies.add({index, folder, copy, left_out, must});
+  copies.add({.run = copy,
+              .uses = folder,
+              .key = must ? -1 : static_cast<int>(index),
+              .left_out = left_out});
 }
 
 Checkpointer::Checkpointer(CheckpointerOptions options) : impl_(new Impl(std::move(options))) {}
@@ -414,7 +434,7 @@ bool Checkpointer::drain(std::chrono::duration<double> timeout) {
   const auto until = deadline(timeout);
   const auto newest = impl_->newest();
   if (newest && !newest->wait_until(until)) return false;
-  return impl_->copies.wait_idle(until);
+  return impl_->copies.wait_idle(until) && impl_->removals.wait_idle(until);
 }
 
 }  // namespace ounce::ckpt

@@ -106,7 +106,8 @@ struct SaveReport {
   double captured = 0;  // seconds from save() until the state was copied
   double seconds = 0;   // seconds from save() until it was durable
   int64_t cloned_bytes = 0;
-  int64_t retries = 0;  // data files written again
+  int64_t pool_bytes = 0;  // of host memory, held between saves
+  int64_t retries = 0;     // data files written again
   // Rewritten files, retention that could not remove a folder, a further level that failed.
   std::vector<std::string> warnings;
 };

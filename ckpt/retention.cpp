@@ -38,29 +38,49 @@ std::vector<std::string> steps_to_remove(FileSystem& files, const std::vector<St
   return victims;
 }
 
-std::vector<std::string> remove_steps(FileSystem& files, const std::string& root,
-                                      const std::vector<std::string>& paths) {
-  std::vector<std::string> warnings, trash;
-  const auto warn = [&](const std::string& path, int error) {
-    warnings.push_back("[checkpoint] cannot remove '" + path + "': " + std::strerror(error));
-  };
+namespace {
+
+void warn(const std::string& path, int error, std::vector<std::string>& warnings) {
+  warnings.push_back("[checkpoint] cannot remove '" + path + "': " + std::strerror(error));
+}
+
+}  // namespace
+
+std::vector<std::string> hide_steps(FileSystem& files, const std::string& root,
+                                    const std::vector<std::string>& paths,
+                                    std::vector<std::string>& warnings) {
+  std::vector<std::string> hidden;
   for (const auto& path : paths) {
-    const auto hidden =
+    auto trash =
         root + "/" + kTrashPrefix + path.substr(path.find_last_of('/') + 1) + "-" + random_id();
-    if (const int error = files.rename(path, hidden); error != 0) {
-      warn(path, error);
+    if (const int error = files.rename(path, trash); error != 0) {
+      warn(path, error, warnings);
     } else {
-      trash.push_back(hidden);
+      hidden.push_back(std::move(trash));
     }
   }
-  if (trash.empty()) return warnings;
+  if (hidden.empty()) return {};
+  // Half removed, a step must not come back under its name.
   if (const int error = files.sync_directory(root); error != 0) {
-    warn(root, error);
-    return warnings;
+    warn(root, error, warnings);
+    return {};
   }
-  for (const auto& path : trash) {
-    if (const int error = remove_tree(files, path); error != 0) warn(path, error);
+  return hidden;
+}
+
+std::vector<std::string> remove_hidden(FileSystem& files, const std::vector<std::string>& hidden) {
+  std::vector<std::string> warnings;
+  for (const auto& path : hidden) {
+    if (const int error = remove_tree(files, path); error != 0) warn(path, error, warnings);
   }
+  return warnings;
+}
+
+std::vector<std::string> remove_steps(FileSystem& files, const std::string& root,
+                                      const std::vector<std::string>& paths) {
+  std::vector<std::string> warnings;
+  const auto hidden = hide_steps(files, root, paths, warnings);
+  for (auto& warning : remove_hidden(files, hidden)) warnings.push_back(std::move(warning));
   return warnings;
 }
 

@@ -25,8 +25,14 @@ inline constexpr const char* kPinName = "PINNED";
 std::vector<std::string> steps_to_remove(FileSystem& files, const std::vector<StepEntry>& steps,
                                          const RetentionRule& rule);
 
-// Renames each folder out of sight, makes that durable, then removes the files. Errors become
+// Renames each folder out of sight and makes that durable; returns the new names. Errors become
 // warnings: a folder that stays costs space, not the run.
+std::vector<std::string> hide_steps(FileSystem& files, const std::string& root,
+                                    const std::vector<std::string>& paths,
+                                    std::vector<std::string>& warnings);
+// Removes what was hidden, which can take a second a file.
+std::vector<std::string> remove_hidden(FileSystem& files, const std::vector<std::string>& hidden);
+// Both.
 std::vector<std::string> remove_steps(FileSystem& files, const std::string& root,
                                       const std::vector<std::string>& paths);
 

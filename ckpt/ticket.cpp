@@ -32,6 +32,11 @@ void Ticket::State::durable(size_t level) {
   changed_.notify_all();
 }
 
+void Ticket::State::pool(int64_t bytes) {
+  const Lock lock(mutex_);
+  report_.pool_bytes = bytes;
+}
+
 void Ticket::State::warn(const std::vector<std::string>& warnings) {
   const Lock lock(mutex_);
   report_.warnings.insert(report_.warnings.end(), warnings.begin(), warnings.end());

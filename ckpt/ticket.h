@@ -40,6 +40,7 @@ struct Ticket::State {
   void captured();
   void durable(size_t level, CheckpointInfo info, const WriteResult& result, double stalled);
   void durable(size_t level);
+  void pool(int64_t bytes);
   void warn(const std::vector<std::string>& warnings);
   void end(Stage stage, Fault fault, const std::string& error);
   bool may_publish();

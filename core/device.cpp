@@ -126,7 +126,9 @@ void reset_peak_memory(at::Device device) {
 }
 
 void synchronize(at::Device device) {
-  if (device.is_cuda()) c10::impl::VirtualGuardImpl(at::kCUDA).synchronizeDevice(device.index());
+  if (!device.is_cuda()) return;
+  const c10::impl::VirtualGuardImpl gpu(at::kCUDA);
+  gpu.synchronizeDevice(device.has_index() ? device.index() : gpu.getDevice().index());
 }
 
 void seed_everything(uint64_t seed) {

@@ -4,7 +4,7 @@
     gpu_tests.py record BUILD    after a test run on a GPU: writes results/tests-GPU.json
     gpu_tests.py compare         says which families have changed since those runs
 
-A record holds, for every family of kernels and for optim, how many of its tests that ran on the GPU (their
+A record holds, for every family of kernels, for optim and ckpt, how many of its tests that ran on the GPU (their
 names end in /cuda: tests/support/devices.h) passed, were skipped and failed, and a hash of its files.
 """
 import glob
@@ -24,7 +24,8 @@ COMMON = os.path.join(ROOT, "kernels", "common", "")  # part of every family
 
 
 def families():
-    folders = sorted(glob.glob(os.path.join(ROOT, "kernels", "*", ""))) + [os.path.join(ROOT, "optim", "")]
+    folders = sorted(glob.glob(os.path.join(ROOT, "kernels", "*", "")))
+    folders += [os.path.join(ROOT, name, "") for name in ("optim", "ckpt")]
     return {os.path.basename(os.path.dirname(folder)): folder for folder in folders if folder != COMMON}
 
 
@@ -40,9 +41,10 @@ def hash_of(folder):
 
 
 def family_of(source):
-    """The family that tests/kernels/test_F.cpp or test_F_part.cpp, or anything in tests/optim, is of."""
-    if "/tests/optim/" in source:
-        return "optim"
+    """The family that tests/kernels/test_F.cpp or test_F_part.cpp, or anything in tests/optim or ckpt, is of."""
+    for folder in ("optim", "ckpt"):
+        if f"/tests/{folder}/" in source:
+            return folder
     name = re.sub(r"^test_|\.cpp$", "", os.path.basename(source))
     known = [family for family in families() if name == family or name.startswith(family + "_")]
     return max(known, key=len, default=None) if "/tests/kernels/" in source else None

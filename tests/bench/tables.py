@@ -63,7 +63,12 @@ COLUMNS = {
     "saves": ("saves", str),
     "step_ms": ("step ms", "{:.1f}".format),
     "blocked_ms": ("blocked ms", "{:.1f}".format),
+    "wait_ms": ("waits for the disk ms", "{:.0f}".format),
+    "inside_ms": ("blocked, from inside ms", "{:.2f}".format),
     "call_ms": ("call ms", "{:.1f}".format),
+    "captured_s": ("captured s", "{:.3f}".format),
+    "pool_mb": ("pool MB", "{:.0f}".format),
+    "restore_gb_s": ("restore GB/s", "{:.2f}".format),
     "durable_s": ("durable s", "{:.2f}".format),
     "slowdown_copy_pct": ("slower in the copy %", "{:.1f}".format),
     "slowdown_flush_pct": ("slower in the flush %", "{:.1f}".format),
@@ -88,7 +93,7 @@ COLUMNS = {
 }
 DEFAULT_COLUMNS = {
     "bench": "name shape dtype forward_ms backward_ms both_ms peak_bytes share_of_limit".split(),
-    "ckpt": "peer state_gb fb_ms every blocked_ms durable_s slowdown_flush_pct extra_rss_mb restore_s".split(),
+    "ckpt": "peer state_gb fb_ms every blocked_ms wait_ms durable_s slowdown_flush_pct extra_rss_mb restore_s".split(),
     "fuzz": "target seconds executions coverage features crashes".split(),
     "kill": "count seconds failures".split(),
     "flips": "count seconds failures".split(),

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -27,7 +28,13 @@ class RecordingFileSystem : public FaultyFileSystem {
   explicit RecordingFileSystem(std::string base) : base_(std::move(base)) {}
   std::vector<Call> log;
 
+  size_t logged() {
+    const Lock lock(order_);
+    return log.size();
+  }
+
   int open(const std::string& path, Mode mode, int& descriptor) override {
+    const Lock lock(order_);
     // The syncs of the hint come after the commit and would stand in for missing ones.
     if (path.ends_with("/LATEST.tmp")) return EACCES;
     // Replayed call by call: nothing goes past the log, and no two writers mix theirs.
@@ -41,30 +48,43 @@ class RecordingFileSystem : public FaultyFileSystem {
     return 0;
   }
   int pwrite(int descriptor, const void* data, size_t size, int64_t offset, size_t& done) override {
+    const Lock lock(order_);
     const int error = FaultyFileSystem::pwrite(descriptor, data, size, offset, done);
     log.push_back({"write", inside(paths_.at(descriptor)), "", offset,
                    std::string(static_cast<const char*>(data), done)});
     return error;
   }
-  int sync(int descriptor) override { return note(0, "sync", paths_.at(descriptor)); }
-  int sync_directory(const std::string& path) override { return note(0, "sync_directory", path); }
+  int sync(int descriptor) override {
+    const Lock lock(order_);
+    return note(0, "sync", paths_.at(descriptor));
+  }
+  int sync_directory(const std::string& path) override {
+    const Lock lock(order_);
+    return note(0, "sync_directory", path);
+  }
   int rename(const std::string& from, const std::string& to) override {
+    const Lock lock(order_);
     return note(FaultyFileSystem::rename(from, to), "rename", from, to);
   }
   int exchange(const std::string& first, const std::string& second) override {
+    const Lock lock(order_);
     return note(FaultyFileSystem::exchange(first, second), "exchange", first, second);
   }
   int make_directory(const std::string& path) override {
+    const Lock lock(order_);
     return note(FaultyFileSystem::make_directory(path), "make_directory", path);
   }
   int unlink(const std::string& path) override {
+    const Lock lock(order_);
     return note(FaultyFileSystem::unlink(path), "remove", path);
   }
   int remove_directory(const std::string& path) override {
+    const Lock lock(order_);
     return note(FaultyFileSystem::remove_directory(path), "remove", path);
   }
 
  private:
+  using Lock = std::lock_guard<std::mutex>;
   std::string inside(const std::string& path) const { return path.substr(base_.size()); }
   int note(int error, const char* kind, const std::string& path, const std::string& to = "") {
     if (error == 0) log.push_back({kind, inside(path), to.empty() ? to : inside(to)});
@@ -72,6 +92,7 @@ class RecordingFileSystem : public FaultyFileSystem {
   }
 
   std::string base_;
+  std::mutex order_;  // a call and its place in the log
   std::map<int, std::string> paths_;
 };
 

@@ -68,8 +68,9 @@ Scenario record(bool no_exchange, int64_t keep_last,
   for (const auto& [step, seed] : saves) {
     auto state = state_of(seed);
     writer.save_and_wait(step, {{"s", &state}});
-    scenario.announced.emplace_back(files->log.size(), seed);
+    scenario.announced.emplace_back(files->logged(), seed);
   }
+  writer.drain();
   scenario.log = files->log;
   return scenario;
 }

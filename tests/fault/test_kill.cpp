@@ -3,6 +3,7 @@
 // After each kill what is committed verifies and holds exactly its step's content, the newest
 // announced step is there, and the next writer goes on from it.
 #include "ckpt/sample_state.h"
+#include "support/count_from.h"
 
 #include <gtest/gtest.h>
 #include <ounce/ckpt/reader.h>
@@ -24,7 +25,6 @@ namespace {
 constexpr const char* kPhases[] = {"create", "data", "sync", "manifest", "publish", "retention"};
 constexpr int kPhaseCount = 6;
 constexpr int kElsewhere = kPhaseCount;  // opening, making the next state
-constexpr int kKills = 60;
 constexpr int kStopsPerPhase = 5;
 constexpr int kNowhere = -1;
 constexpr int64_t kElements = 500'000;
@@ -129,7 +129,8 @@ TEST(Kill, CommittedStepsSurviveAndTheNextWriterGoesOn) {
   std::mt19937_64 random(20260101);
   int died_in[kPhaseCount + 1] = {};
   int kills = 0;
-  for (; kills < kKills; ++kills) {
+  const int most = test::count_from("OUNCE_KILLS", 60);
+  for (; kills < most; ++kills) {
     const int target = kills < kStopsPerPhase * kPhaseCount ? kills % kPhaseCount : kNowhere;
     const int phase = kill_in(target, folder.path(), progress, random);
     ASSERT_GE(phase, 0) << "the writer ended by itself";
