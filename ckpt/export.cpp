@@ -265,7 +265,10 @@ Target target_of(FileSystem& files, const std::string& out, bool replace) {
     target.file = path.substr(path.find_last_of('/') + 1);
   }
   FileInfo info;
-  const bool there = files.stat(path, info) == 0;
+  const int looked = files.stat(path, info);
+  OUNCE_CHECK_AS(Fault::kData, looked == 0 || looked == ENOENT || looked == ENOTDIR,
+                 "[export] cannot look at '", path, "': ", std::strerror(looked));
+  const bool there = looked == 0;
   const bool folder = there && info.kind == FileKind::kDirectory;
   OUNCE_CHECK(!there || folder == target.file.empty(), "[export] expected --out '", out, "' to be ",
               target.file.empty() ? "a folder, got a file" : "a file, got a folder",

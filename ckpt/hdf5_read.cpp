@@ -203,7 +203,7 @@ std::string describe_here(const std::string& path) {
 
 [[noreturn]] void damaged(const std::string& path, const std::string& message) {
   throw StorageError(StorageError::Kind::kDamaged,
-                     "[hdf5] '" + path + "': " + message + "; get the file again");
+                     one_line("[hdf5] '" + path + "': " + message + "; get the file again"));
 }
 
 int64_t number_of(const std::string& path, std::string_view text) {
@@ -306,7 +306,8 @@ Hdf5Contents list_datasets(FileSystem& files, const std::string& path) {
   if (!refused.empty()) {
     throw StorageError(
         StorageError::Kind::kDamaged,
-        "[hdf5] expected contiguous little-endian datasets in '" + path + "', got: " + refused +
+        "[hdf5] expected contiguous little-endian datasets in '" + path +
+            "', got: " + one_line(refused) +
             "; write them anew without chunks and filters (h5repack -l CONTI -f NONE)");
   }
   tie_and_separate(path, contents.tensors);

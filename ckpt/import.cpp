@@ -36,7 +36,7 @@ std::string resolved(const std::string& path) {
 
 [[noreturn]] void damaged(const std::string& path, const std::string& message) {
   throw StorageError(StorageError::Kind::kDamaged,
-                     "[import] '" + path + "': " + message + "; get the file again");
+                     one_line("[import] '" + path + "': " + message + "; get the file again"));
 }
 
 at::Tensor empty_of(const TensorRecord& tensor) {

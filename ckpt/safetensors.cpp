@@ -38,8 +38,9 @@ constexpr const char* kMetadata = "__metadata__";
 
 void require(bool condition, const std::string& path, const std::string& message) {
   if (!condition) {
-    throw StorageError(StorageError::Kind::kDamaged,
-                       "[safetensors] '" + path + "': " + message + "; get the file again");
+    throw StorageError(
+        StorageError::Kind::kDamaged,
+        one_line("[safetensors] '" + path + "': " + message + "; get the file again"));
   }
 }
 

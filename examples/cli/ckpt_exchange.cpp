@@ -26,6 +26,8 @@ struct ExportFlags {
 
 void export_files(const ExportFlags& flags) {
   auto options = flags.options;
+  // No range of numbers keeps it out.
+  OUNCE_CHECK(!std::isnan(flags.shard_gb), "[ckpt] expected a number as --shard-gb, got nan");
   options.shard_bytes = std::llround(flags.shard_gb * 1e9);
   const auto report = export_safetensors(flags.path, flags.out, options);
   if (flags.json) {

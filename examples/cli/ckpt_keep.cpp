@@ -38,6 +38,14 @@ struct Collected {
   }
 };
 
+std::string existing_root(FileSystem& files, const std::string& path) {
+  auto root = root_of(files, path);
+  FileInfo info;
+  OUNCE_CHECK_AS(Fault::kNotFound, files.stat(root, info) == 0, "[ckpt] no checkpoint in '", path,
+                 "'");
+  return root;
+}
+
 Removal removal_of(FileSystem& files, const std::string& path) {
   Removal removal{path};
   std::vector<std::string> names;
@@ -153,7 +161,7 @@ int collect_all(const GcFlags& flags) {
   bool clean = true;
   for (const auto& path : flags.roots) {
     const auto result = with_faults(
-        [&] { return collect(files, root_of(*files, path), flags.rule, flags.dry_run); });
+        [&] { return collect(files, existing_root(*files, path), flags.rule, flags.dry_run); });
     clean = clean && result.warnings.empty();
     flags.json ? all.push_back(json_of(result)) : show(result, flags.dry_run);
   }
@@ -168,10 +176,7 @@ struct PinFlags {
 };
 
 std::string step_folder(FileSystem& files, const std::string& path, std::optional<int64_t> step) {
-  const auto folder = root_of(files, path);
-  FileInfo info;
-  OUNCE_CHECK_AS(Fault::kNotFound, files.stat(folder, info) == 0, "[ckpt] no checkpoint in '", path,
-                 "'");
+  const auto folder = existing_root(files, path);
   OUNCE_CHECK(step || is_step_folder(files, folder), "[ckpt] expected a step folder, got '", path,
               "'; name one of its steps, or say which with --step");
   return step ? resolve_step(files, folder, step) : folder;
