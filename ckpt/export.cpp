@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 namespace ounce::ckpt {
@@ -18,6 +19,8 @@ namespace {
 constexpr const char* kModel = "model/";
 constexpr const char* kSingle = "model.safetensors";
 constexpr const char* kIndex = "model.safetensors.index.json";
+
+constexpr int64_t kPart = 1 << 20;  // elements converted at a time
 
 // ---- what is written
 
@@ -269,6 +272,9 @@ Target target_of(FileSystem& files, const std::string& out, bool replace) {
   OUNCE_CHECK_AS(Fault::kData, looked == 0 || looked == ENOENT || looked == ENOTDIR,
                  "[export] cannot look at '", path, "': ", std::strerror(looked));
   const bool there = looked == 0;
+  if (target.file.empty() && info.kind == FileKind::kLink && std::filesystem::is_directory(path)) {
+    return target_of(files, std::filesystem::canonical(path).string(), replace);
+  }
   const bool folder = there && info.kind == FileKind::kDirectory;
   OUNCE_CHECK(!there || folder == target.file.empty(), "[export] expected --out '", out, "' to be ",
               target.file.empty() ? "a folder, got a file" : "a file, got a folder",
@@ -293,11 +299,17 @@ void write_shard(const StepReader& reader, const Shard& shard, const Write& writ
   write(shard.header.data(), shard.header.size(), 0);
   for (size_t i = 0; i < shard.stored.size(); ++i) {
     const auto stored = read_tensor(reader, *shard.stored[i]);
-    const auto value = converted(stored, dtype_of_name(shard.written[i].dtype));
-    if (value.scalar_type() != stored.scalar_type()) {
-      overflowed += count_infinite(value) - count_infinite(stored);
+    const auto flat = stored.reshape({-1});
+    const auto& written = shard.written[i];
+    const auto size = dtype_bytes(written.dtype);
+    for (int64_t at = 0; at < flat.numel(); at += kPart) {
+      const auto part = flat.slice(0, at, std::min(at + kPart, flat.numel()));
+      const auto value = converted(part, dtype_of_name(written.dtype));
+      if (value.scalar_type() != part.scalar_type()) {
+        overflowed += count_infinite(value) - count_infinite(part);
+      }
+      write(value.const_data_ptr(), value.nbytes(), written.offset + at * size);
     }
-    write(value.const_data_ptr(), value.nbytes(), shard.written[i].offset);
   }
 }
 

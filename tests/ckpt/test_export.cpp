@@ -136,9 +136,10 @@ TEST_F(Export, FillsShardsInTheOrderOfNames) {
     EXPECT_TRUE(bytes <= 250 || values.size() == 1) << report.files[i];
   }
   EXPECT_EQ(found, tensors.size());
-  // Another export in its place leaves no shard of this one.
+  // Another export in its place, here through a link, leaves no shard of this one.
+  fs::create_directory_symlink(out_, folder_.path() + "/link");
   EXPECT_OUNCE_ERROR(export_safetensors(root_, out_), kUsage, "is there already");
-  export_safetensors(root_, out_, {.replace = true});
+  export_safetensors(root_, folder_.path() + "/link", {.replace = true});
   EXPECT_EQ(std::distance(fs::directory_iterator(out_), {}), 1);
   EXPECT_EQ(values_of(out_ + "/model.safetensors").size(), tensors.size());
 }
@@ -150,6 +151,7 @@ TEST_F(Export, ConvertsAsTorchDoes) {
     tensors.push_back({dtype_name(dtype), random_bits({4000}, dtype, generator_)});
   }
   tensors.push_back({"float64", at::randn({4000}, generator_).to(at::kDouble)});
+  tensors.push_back({"large", at::randn({(1 << 20) + 3}, generator_)});
   tensors.push_back({"int64", random_bits({40}, at::kLong, generator_)});
   tensors.push_back({"bool", random_bits({40}, at::kBool, generator_)});
   save(tensors);
