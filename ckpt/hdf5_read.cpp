@@ -96,7 +96,7 @@ std::string read_text(hid_t object, const char* name) {
   if (H5Tis_variable_str(type) > 0) {
     char* value = nullptr;
     done(H5Aread(attribute, type, &value), "read");
-    const std::string text = value == nullptr ? "" : value;
+    std::string text = value == nullptr ? "" : value;
     H5free_memory(value);
     return text;
   }

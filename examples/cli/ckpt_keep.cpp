@@ -99,7 +99,7 @@ Collected collect(const std::shared_ptr<FileSystem>& files, const std::string& r
   // Only a step that can be read counts as one of those that are kept.
   std::erase_if(scan.steps, [&](const StepEntry& entry) {
     try {
-      StepReader(files, entry.path, entry.manifest);
+      const StepReader opened(files, entry.path, entry.manifest);
       return false;
     } catch (const StorageError& error) {
       result.left_alone.push_back(error.what());
