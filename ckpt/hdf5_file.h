@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 // The HDF5 container of a step. libhdf5 writes its description only (groups, datasets, attributes);
-// the values are written afterwards, by plain writes at the offsets found here, and libhdf5 never
-// reads a file to load it. No Torch here.
+// the values are written afterwards, by plain writes at the offsets found here. A file that exists
+// is read by libhdf5 in a child process only, because a damaged one can crash it or keep it busy.
+// No Torch here.
 #pragma once
 
+#include <ounce/ckpt/file_system.h>
 #include <ounce/ckpt/manifest.h>
 
 #include <string>
@@ -18,9 +20,22 @@ namespace ounce::ckpt {
 // both a tensor and a group).
 void create_container(const std::string& path, Manifest& manifest);
 
-// Compares a container with the manifest through libhdf5: names, shapes, types, offsets; returns
-// what differs. Done in a child process, because a damaged file can crash libhdf5 or keep it busy:
-// a child that dies, or takes more than a minute, is one of the problems returned.
+// Compares a container with the manifest: names, shapes, types, offsets; returns what differs. A
+// child that dies, or takes more than a minute, is one of the problems returned.
 std::vector<std::string> compare_container(const std::string& path, const Manifest& manifest);
+
+struct Hdf5Contents {
+  // Name, dtype, shape, offset in the file, bytes. Datasets in the same place are tied; each has
+  // its own offset and bytes all the same.
+  std::vector<TensorRecord> tensors;
+  bool of_step = false;  // it is the data file of a step: names are full
+};
+
+// The datasets of any HDF5 file, by name. The dtype is that of the HDF5 type, or what the attribute
+// torch_dtype says where both agree. Every number is checked here again: shapes against bytes,
+// extents inside the file and apart. Throws StorageError: kMissing, kIo; kDamaged for a file that
+// libhdf5 cannot read or does not survive, and one that lists all datasets whose values do not lie
+// in one piece of this file (chunked, compressed, compact, never written) or are no tensor's.
+Hdf5Contents list_datasets(FileSystem& files, const std::string& path);
 
 }  // namespace ounce::ckpt

@@ -43,6 +43,13 @@ std::string name_problem(std::string_view name) {
   return "";
 }
 
+std::string one_line(std::string text) {
+  for (auto& c : text) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) c = '?';
+  }
+  return text;
+}
+
 int nesting_of(std::string_view json) {
   int depth = 0, most = 0;
   bool quoted = false;

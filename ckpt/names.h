@@ -25,6 +25,10 @@ bool is_utf8(std::string_view text);
 // component, the reserved group.
 std::string name_problem(std::string_view name);
 
+// The same with '?' for control characters: names of files that others wrote, in errors of one
+// line.
+std::string one_line(std::string text);
+
 // How deep brackets nest in a JSON text; a parser follows any nesting, so this is asked before it.
 int nesting_of(std::string_view json);
 

@@ -16,20 +16,31 @@ using Json = nlohmann::json;
 constexpr int64_t kMostHeaderBytes = 100'000'000;  // the format's own limit
 constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
 
-constexpr std::pair<const char*, const char*> kDtypes[] = {
-    {"F32", "float32"},        {"F64", "float64"},
-    {"F16", "float16"},        {"BF16", "bfloat16"},
-    {"U8", "uint8"},           {"I8", "int8"},
-    {"I16", "int16"},          {"I32", "int32"},
-    {"I64", "int64"},          {"U16", "uint16"},
-    {"U32", "uint32"},         {"U64", "uint64"},
-    {"BOOL", "bool"},          {"F8_E4M3", "float8_e4m3fn"},
-    {"F8_E5M2", "float8_e5m2"}};
+constexpr std::pair<const char*, const char*> kDtypes[] = {{"F32", "float32"},
+                                                           {"F64", "float64"},
+                                                           {"F16", "float16"},
+                                                           {"BF16", "bfloat16"},
+                                                           {"U8", "uint8"},
+                                                           {"I8", "int8"},
+                                                           {"I16", "int16"},
+                                                           {"I32", "int32"},
+                                                           {"I64", "int64"},
+                                                           {"U16", "uint16"},
+                                                           {"U32", "uint32"},
+                                                           {"U64", "uint64"},
+                                                           {"BOOL", "bool"},
+                                                           {"F8_E4M3", "float8_e4m3fn"},
+                                                           {"F8_E5M2", "float8_e5m2"},
+                                                           {"F8_E4M3FNUZ", "float8_e4m3fnuz"},
+                                                           {"F8_E5M2FNUZ", "float8_e5m2fnuz"},
+                                                           {"C64", "complex64"}};
+constexpr const char* kMetadata = "__metadata__";
 
 void require(bool condition, const std::string& path, const std::string& message) {
   if (!condition) {
-    throw StorageError(StorageError::Kind::kDamaged,
-                       "[safetensors] '" + path + "': " + message + "; get the file again");
+    throw StorageError(
+        StorageError::Kind::kDamaged,
+        one_line("[safetensors] '" + path + "': " + message + "; get the file again"));
   }
 }
 
@@ -75,15 +86,21 @@ TensorRecord parse(const std::string& path, const std::string& name, const Json&
   return tensor;
 }
 
+// Looks before it opens: to open a pipe is to wait for its writer.
+OpenFile open_regular(FileSystem& files, const std::string& path, FileInfo& info) {
+  if (const int error = files.stat(path, info); error != 0) throw_io("read", path, error);
+  require(info.kind == FileKind::kFile && info.size >= 8, path, "no file, or too short");
+  return open_file(files, path, FileSystem::Mode::kRead);
+}
+
 }  // namespace
 
 SafetensorsReader::SafetensorsReader(std::shared_ptr<FileSystem> files, const std::string& path)
-    : files_(std::move(files)),
-      path_(path),
-      file_(open_file(*files_, path, FileSystem::Mode::kRead)) {
-  FileInfo info;
-  if (const int error = files_->stat(path, info); error != 0) throw_io("read", path, error);
-  require(info.kind == FileKind::kFile && info.size >= 8, path, "too short");
+    : SafetensorsReader(std::move(files), path, FileInfo()) {}
+
+SafetensorsReader::SafetensorsReader(std::shared_ptr<FileSystem> files, const std::string& path,
+                                     FileInfo info)
+    : files_(std::move(files)), path_(path), file_(open_regular(*files_, path, info)) {
   unsigned char prefix[8];
   int error = read_all(*files_, file_.descriptor(), prefix, 8, 0);
   if (error != 0) throw_io("read", path, error);
@@ -99,7 +116,11 @@ SafetensorsReader::SafetensorsReader(std::shared_ptr<FileSystem> files, const st
   require(json.is_object(), path, "the header is not JSON");
   const auto begin = static_cast<int64_t>(8 + length);
   for (const auto& [name, entry] : json.items()) {
-    if (name != "__metadata__") tensors_.push_back(parse(path, name, entry, begin, info.size));
+    if (name != kMetadata) tensors_.push_back(parse(path, name, entry, begin, info.size));
+  }
+  const auto metadata = json.value(kMetadata, Json::object());
+  for (const auto& [name, text] : metadata.items()) {
+    if (text.is_string()) metadata_[name] = text.get<std::string>();
   }
   auto sorted = tensors_;
   std::sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) {
@@ -114,6 +135,42 @@ SafetensorsReader::SafetensorsReader(std::shared_ptr<FileSystem> files, const st
 void SafetensorsReader::read(const TensorRecord& tensor, void* out) const {
   const int error = read_all(*files_, file_.descriptor(), out, tensor.bytes, tensor.offset);
   if (error != 0) throw_io("read '" + tensor.name + "' of", path_, error);
+}
+
+std::string safetensors_dtype(const std::string& dtype) {
+  for (const auto& [theirs, ours] : kDtypes) {
+    if (dtype == ours) return theirs;
+  }
+  return "";
+}
+
+std::string safetensors_header(std::vector<TensorRecord>& tensors,
+                               const std::map<std::string, std::string>& metadata) {
+  Json json = {{kMetadata, metadata}};
+  int64_t end = 0;
+  for (auto& tensor : tensors) {
+    if (tensor.name == kMetadata) {
+      throw StorageError(StorageError::Kind::kUsage,
+                         "[safetensors] no tensor can be called "
+                         "'__metadata__'; rename it");
+    }
+    tensor.offset = end;
+    end += tensor.bytes;
+    json[tensor.name] = {{"dtype", safetensors_dtype(tensor.dtype)},
+                         {"shape", tensor.shape},
+                         {"data_offsets", {tensor.offset, end}}};
+  }
+  auto text = json.dump();
+  text.append((8 - text.size() % 8) % 8, ' ');
+  if (static_cast<int64_t>(text.size()) > kMostHeaderBytes) {
+    throw StorageError(StorageError::Kind::kUsage,
+                       "[safetensors] a header of " + std::to_string(text.size()) +
+                           " bytes is more than the format's 100 MB; write more, smaller shards");
+  }
+  std::string length(8, '\0');
+  for (int i = 0; i < 8; ++i) length[i] = static_cast<char>(text.size() >> (8 * i));
+  for (auto& tensor : tensors) tensor.offset += static_cast<int64_t>(8 + text.size());
+  return length + text;
 }
 
 }  // namespace ounce::ckpt

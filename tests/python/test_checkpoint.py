@@ -7,6 +7,7 @@ that OUNCE_TEST_CKPT names.
 import json
 import os
 import pathlib
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -102,6 +103,15 @@ class Checks:
                 offset = self.file[tensor["name"]].id.get_offset()
                 self.assertEqual(offset, tensor["offset"], tensor["name"])
                 self.assertEqual(offset % 4096, 0)
+
+
+    @unittest.skipUnless(shutil.which("h5dump"), "needs h5dump")
+    def test_h5dump_explains_it(self):
+        text = subprocess.run(["h5dump", "-d", "/all/bfloat16", self.file.filename], check=True,
+                              capture_output=True, text=True).stdout
+        for part in ("16-bit little-endian floating-point", "( 2, 3 )", "-1.25, -0.5, 0.25",
+                     '"torch_dtype"', '"bfloat16"', '"class"', '"step"'):
+            self.assertIn(part, text)
 
 
 class Golden(Checks, unittest.TestCase):
