@@ -362,9 +362,9 @@ ExportReport export_safetensors(const std::string& path, const std::string& out,
   const auto target = target_of(*files, out, options.replace);
   return with_faults([&] {
     ExportReport report;
-    auto read = read_step(files, path, options.step, [&](const StepReader& reader) {
-      report = export_step(*files, reader, target, options);
-    });
+    auto read = read_step(
+        files, {path}, options.step, /*direct=*/false,
+        [&](const StepReader& reader) { report = export_step(*files, reader, target, options); });
     report.info = std::move(read.info);
     report.rejected = std::move(read.rejected);
     return report;

@@ -6,6 +6,7 @@
 #include <ounce/core/train/format.h>
 #include <ounce/core/train/run_folder.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <iostream>
 #include <sstream>
@@ -53,7 +54,9 @@ std::string free_path(const std::string& base) {
 // Where the run goes on as itself: its own folder of checkpoints was named, not one step.
 bool continues(const std::string& run, const std::string& root, const Options& config) {
   std::error_code error;
-  return fs::equivalent(RunFolder::open(run).checkpoints(config), root, error);
+  const auto levels = RunFolder::open(run).checkpoints(config);
+  return std::any_of(levels.begin(), levels.end(),
+                     [&](const auto& level) { return fs::equivalent(level, root, error); });
 }
 
 // Steps, device and plug-ins as they were; a run that is done gets as many steps again.
