@@ -20,9 +20,8 @@ void Background::add(Job job) {
   {
     const std::lock_guard lock(mutex_);
     const auto older =
-        std::find_if(jobs_.begin() + (running_ ? 1 : 0), jobs_.end(), [&](const auto& other) {
-          return job.key >= 0 && other.key == job.key;
-        });
+        std::find_if(jobs_.begin() + (running_ ? 1 : 0), jobs_.end(),
+                     [&](const auto& other) { return job.key >= 0 && other.key == job.key; });
     if (older != jobs_.end()) {
       left_out = std::move(older->left_out);
       jobs_.erase(older);

@@ -68,11 +68,15 @@ Capture::~Capture() {
 
 void Capture::run() {
   std::deque<size_t> under_way;
+  bool filling = true;
   Lock lock(mutex_);
   while (left_to_capture_ > 0) {
     const bool more = failure_.empty() && has_waiting();
-    const bool room = !urgent_.empty() || static_cast<int64_t>(under_way.size()) < settings_.window;
-    if (more && room) {
+    // A window at a time: while the engine always has the next copy of a stream it takes those of
+    // others only every ten milliseconds or so, when its time slice ends.
+    if (under_way.empty()) filling = true;
+    if (static_cast<int64_t>(under_way.size()) >= settings_.window) filling = false;
+    if (more && (filling || !urgent_.empty())) {
       auto* buffer = free_buffer();
       const bool spill = buffer == nullptr && !urgent_.empty() && !pool_->growing() &&
                          settings_.overflow == Overflow::kSpill;

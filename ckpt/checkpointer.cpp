@@ -74,15 +74,18 @@ auto writing(const Action& action) -> decltype(action()) {
 }
 
 std::vector<Slot> slots_of(const Snapshot& snapshot, int64_t slot_bytes) {
-  std::vector<LayoutItem> items;
+  std::vector<int64_t> bytes;
   for (size_t i = 0; i < snapshot.tensors().size(); ++i) {
+    bytes.push_back(static_cast<int64_t>(snapshot.tensor(i).nbytes()));
+  }
+  std::vector<LayoutItem> items;
+  for (const auto i : storage_order(bytes)) {
     if (!snapshot.tensors()[i].tied_to.empty()) continue;
     const auto& tensor = snapshot.tensor(i);
     OUNCE_CHECK(tensor.is_cpu() || tensor.is_cuda(), "[checkpoint] tensor '",
                 snapshot.tensors()[i].name, "' lies on ", tensor.device(),
                 ", which cannot be saved; move it to the CPU or a CUDA GPU");
-    items.push_back({i, static_cast<int64_t>(tensor.nbytes()),
-                     tensor.is_cuda() ? static_cast<int>(tensor.get_device()) : -1});
+    items.push_back({i, bytes[i], tensor.is_cuda() ? static_cast<int>(tensor.get_device()) : -1});
   }
   return cut_into_slots(items, slot_bytes, kBlockBytes);
 }

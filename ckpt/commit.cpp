@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <errno.h>
 #include <ounce/ckpt/commit.h>
+#include <ounce/ckpt/retention.h>
 #include <ounce/ckpt/storage_error.h>
 
 #include <cstring>
@@ -42,6 +43,7 @@ void Commit::publish() {
   const bool replaces = files_.stat(final_, info) == 0;
   std::string displaced;
   if (replaces) {
+    keep_pin();
     displaced = replace();
   } else if (const int error = files_.rename(temporary_, final_); error != 0) {
     throw_io("rename to", final_, error);
@@ -60,6 +62,13 @@ void Commit::publish() {
     warnings_.push_back("[checkpoint] cannot remove what was replaced, '" + displaced +
                         "': " + std::strerror(error));
   }
+}
+
+// A step that is written again stays pinned.
+void Commit::keep_pin() {
+  FileInfo info;
+  if (files_.stat(final_ + "/" + kPinName, info) == ENOENT) return;
+  write_file_durably(files_, temporary_, kPinName, "", sync_);
 }
 
 // Returns where the old step now is.

@@ -34,6 +34,7 @@ class Commit {
   const std::vector<std::string>& warnings() const { return warnings_; }
 
  private:
+  void keep_pin();
   std::string replace();
 
   FileSystem& files_;

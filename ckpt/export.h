@@ -42,7 +42,7 @@ struct ExportReport {
 // loads the file expects every name. Scalars and notes are not exported. Without a step, a damaged
 // one is passed over for the next older one, as load_checkpoint() does.
 //
-// Every byte is verified as it is read; memory is that of one tensor and 32 MiB.
+// Every byte is verified as it is read; memory is that of one tensor and less than 100 MiB.
 // The files appear together, durable, when the last is whole; a failure leaves nothing, and before
 // that whatever was there. Throws ounce::Error: kUsage for an existing target without `replace`, a
 // dtype that the format lacks (complex128) and names it cannot hold; kNotFound; kData, for a full

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <ounce/ckpt/hdf5_file.h>
 #include <ounce/ckpt/hdf5_types.h>
+#include <ounce/ckpt/layout.h>
 #include <ounce/ckpt/storage_error.h>
 
 #include <algorithm>
@@ -90,6 +91,12 @@ Handle create_file(const std::string& path, const Manifest& manifest) {
       H5Fclose);
 }
 
+int64_t bytes_of(const TensorRecord& tensor) {
+  auto bytes = dtype_bytes(tensor.dtype);
+  for (const auto size : tensor.shape) bytes *= size;
+  return bytes;
+}
+
 void create_dataset(hid_t file, hid_t links, TensorRecord& tensor) {
   const Handle properties(valid(H5Pcreate(H5P_DATASET_CREATE), "make properties"), H5Pclose);
   done(H5Pset_layout(properties, H5D_CONTIGUOUS), "set the layout");
@@ -104,8 +111,7 @@ void create_dataset(hid_t file, hid_t links, TensorRecord& tensor) {
       H5Dclose);
   write_text(dataset, "torch_dtype", tensor.dtype);
   write_text(dataset, "class", tensor.state_class);
-  tensor.bytes = dtype_bytes(tensor.dtype);
-  for (const auto size : tensor.shape) tensor.bytes *= size;
+  tensor.bytes = bytes_of(tensor);
   const auto offset = H5Dget_offset(dataset);
   if (tensor.bytes == 0) {
     tensor.offset = 0;
@@ -142,7 +148,10 @@ void create_container(const std::string& path, Manifest& manifest) {
   const Handle links(valid(H5Pcreate(H5P_LINK_CREATE), "make properties"), H5Pclose);
   done(H5Pset_create_intermediate_group(links, 1), "set links");
   done(H5Pset_char_encoding(links, H5T_CSET_UTF8), "set an encoding");
-  for (auto& tensor : manifest.tensors) {
+  std::vector<int64_t> bytes;
+  for (const auto& tensor : manifest.tensors) bytes.push_back(bytes_of(tensor));
+  for (const auto i : storage_order(bytes)) {
+    auto& tensor = manifest.tensors[i];
     if (tensor.tied_to.empty()) create_dataset(file, links, tensor);
   }
   for (const auto& tensor : manifest.tensors) {

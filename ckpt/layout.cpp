@@ -2,8 +2,18 @@
 #include <ounce/ckpt/layout.h>
 
 #include <algorithm>
+#include <numeric>
 
 namespace ounce::ckpt {
+
+std::vector<size_t> storage_order(const std::vector<int64_t>& bytes) {
+  constexpr int64_t kSmallBytes = int64_t{256} << 10;
+  std::vector<size_t> order(bytes.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_partition(order.begin(), order.end(),
+                        [&](size_t i) { return bytes[i] < kSmallBytes; });
+  return order;
+}
 
 std::vector<Slot> cut_into_slots(const std::vector<LayoutItem>& items, int64_t slot_bytes,
                                  int64_t block_bytes) {

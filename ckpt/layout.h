@@ -30,6 +30,10 @@ struct Slot {
   std::vector<Piece> pieces;
 };
 
+// The order in which tensors lie in a file and go into slots: small ones first, so that few slots
+// hold many pieces and large ones fill theirs. Indices of `bytes`.
+std::vector<size_t> storage_order(const std::vector<int64_t>& bytes);
+
 struct LayoutItem {
   size_t tensor = 0;
   int64_t bytes = 0;

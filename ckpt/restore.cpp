@@ -41,6 +41,7 @@ std::vector<std::string> rejected_in(const Scan& scan, std::optional<int64_t> st
 struct Candidates {
   std::vector<StepEntry> steps;  // the best one first
   std::vector<std::string> rejected;
+  std::string where;  // the roots, for messages
 };
 
 // The steps that `paths` mean: step folders, or what lies in roots. Of equal steps in several roots
@@ -51,6 +52,7 @@ Candidates candidates_in(FileSystem& files, const std::vector<std::string>& path
   std::vector<int64_t> there;
   for (const auto& path : paths) {
     const auto root = root_of(files, path);
+    found.where += (found.where.empty() ? "" : "', '") + root;
     if (is_step_folder(files, root)) {
       found.steps.push_back({root, read_manifest(files, root)});
       continue;
@@ -68,7 +70,7 @@ Candidates candidates_in(FileSystem& files, const std::vector<std::string>& path
     }
   }
   if (step && found.steps.empty() && found.rejected.empty()) {
-    fail(Fault::kNotFound, "[checkpoint] no step ", *step, " in '", c10::Join("', '", paths),
+    fail(Fault::kNotFound, "[checkpoint] no step ", *step, " in '", found.where,
          "'; there: ", there.empty() ? "none" : c10::str(c10::Join(", ", there)));
   }
   std::stable_sort(found.steps.begin(), found.steps.end(), [](const auto& a, const auto& b) {
@@ -120,7 +122,7 @@ at::Tensor read_tensor(const StepReader& reader, const TensorRecord& tensor) {
 std::string resolve_step(FileSystem& files, const std::string& path, std::optional<int64_t> step) {
   return with_faults([&] {
     const auto found = candidates_in(files, {path}, step);
-    if (found.steps.empty()) none_good(path, found.rejected);
+    if (found.steps.empty()) none_good(found.where, found.rejected);
     for (const auto& reason : found.rejected) TORCH_WARN("passed over: ", reason);
     return found.steps.front().path;
   });
@@ -143,7 +145,7 @@ LoadReport read_step(std::shared_ptr<FileSystem> files, const std::vector<std::s
         found.rejected.push_back(error.what());
       }
     }
-    if (!changed) none_good(c10::str(c10::Join("', '", paths)), found.rejected);
+    if (!changed) none_good(found.where, found.rejected);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <ounce/core/device.h>
 #include <ounce/core/options.h>
 #include <ounce/core/registry.h>
+#include <ounce/core/train/format.h>
 #include <ounce/core/version.h>
 #include <ounce/ounce.h>
 
@@ -38,7 +39,7 @@ int run(int argc, char** argv) {
   app.require_subcommand(1);
   int exit_code = 0;
   std::string command;
-  for (int i = 0; i < argc; ++i) command += (i == 0 ? "" : " ") + std::string(argv[i]);
+  for (int i = 0; i < argc; ++i) command += (i == 0 ? "" : " ") + ounce::shell_quoted(argv[i]);
   ounce::cli::add_train(app, exit_code, command);
   ounce::cli::add_eval(app, exit_code);
   ounce::cli::add_sample(app, exit_code);

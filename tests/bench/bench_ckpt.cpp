@@ -322,17 +322,18 @@ void show(const Json& row) {
 }  // namespace
 
 void run_ckpt(at::Device device, bool tiny, const std::function<void(const Json&)>& emit) {
-  const auto limits = limits_here(device, tiny);
-  std::printf("ckpt     limits in this run:");
-  for (const auto& [key, value] : limits.items()) {
-    std::printf(" %s %.2f", key.c_str(), value.get<double>());
-  }
-  std::printf("\n");
   // On a CPU the matmuls alone would take minutes.
   const bool small = tiny || device.is_cpu();
   for (const auto& cell : kCells) {
+    // Beside each cell: what a disk and a bus give changes within minutes.
+    const auto limits = limits_here(device, tiny);
     auto row = run_cell(cell, device, small);
     show(row);
+    std::printf("         limits:");
+    for (const auto& [key, value] : limits.items()) {
+      std::printf(" %s %.2f", key.c_str(), value.get<double>());
+    }
+    std::printf("\n");
     row.update(limits);
     emit(row);
   }
