@@ -197,8 +197,9 @@ class Loop:
         return sum(tensor.nbytes for part in self.state().values() for tensor in part.values())
 
     def finish(self):
+        """The compute stream alone: copies of a save run beside it."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
 
     def forward_backward(self):
         self.finish()
