@@ -85,7 +85,7 @@ def compare():
     for path in sorted(glob.glob(os.path.join(HERE, "results", "tests-*.json"))):
         with open(path) as file:
             old = json.load(file)
-        changed = [f for f, folder in families().items() if old.get(f, {}).get("files") != hash_of(folder)]
+        changed = [f for f, folder in families().items() if f in old and old[f]["files"] != hash_of(folder)]
         if changed:
             print(f"changed since their tests last ran on {os.path.basename(path)[6:-5]}: {', '.join(changed)}")
 
