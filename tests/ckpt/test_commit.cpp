@@ -48,6 +48,7 @@ bool save_with_fault(FaultyFileSystem& faults, int64_t second,
   files->no_exchange = faults.no_exchange;
   Checkpointer writer({.levels = {{.path = folder.path(), .keep_last = 1}}, .file_system = files});
   writer.save_and_wait(1, {{"s", &first}});
+  writer.drain();  // old steps are removed behind a save
   files->fail_at = files->calls + faults.fail_at;
   files->error = faults.error;
   files->persistent = faults.persistent;
@@ -60,6 +61,7 @@ bool save_with_fault(FaultyFileSystem& faults, int64_t second,
     EXPECT_EQ(text.find('\n'), std::string::npos) << text;
     EXPECT_EQ(text.rfind("[checkpoint] ", 0), 0u) << text;
   }
+  writer.drain();
   const bool reached = !files->failed.empty();
   if (reached) ++outcomes[files->failed + (announced ? " survived" : " reported")];
   files->fail_at = -1;
