@@ -11,7 +11,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// What the GPU needs anyway to copy a window; less is not worth a clone.
+// Copies a GPU has at a time: while the host hears that one has ended, the next one runs.
+constexpr size_t kUnderWay = 2;
+// What the GPU copies anyway while the host makes a clone; less is not worth one.
 constexpr int64_t kLeastCloneBytes = int64_t{64} << 20;
 // A clone is made of tensors of this size: they fit into holes of the allocator's, and go back one
 // by one.
@@ -68,15 +70,10 @@ Capture::~Capture() {
 
 void Capture::run() {
   std::deque<size_t> under_way;
-  bool filling = true;
   Lock lock(mutex_);
   while (left_to_capture_ > 0) {
     const bool more = failure_.empty() && has_waiting();
-    // A window at a time: while the engine always has the next copy of a stream it takes those of
-    // others only every ten milliseconds or so, when its time slice ends.
-    if (under_way.empty()) filling = true;
-    if (static_cast<int64_t>(under_way.size()) >= settings_.window) filling = false;
-    if (more && (filling || !urgent_.empty())) {
+    if (more && (under_way.size() < kUnderWay || !urgent_.empty())) {
       auto* buffer = free_buffer();
       const bool spill = buffer == nullptr && !urgent_.empty() && !pool_->growing() &&
                          settings_.overflow == Overflow::kSpill;
@@ -159,8 +156,7 @@ void Capture::issue(Lock& lock, size_t slot) {
     return complete(lock, slot);
   }
   auto& stream = *streams_.at(slots_[slot].group);
-  stream.copy(copies);
-  auto mark = stream.mark();
+  auto mark = stream.copy(copies);
   lock.lock();
   state.mark = std::move(mark);
   state.order = ++issued_;

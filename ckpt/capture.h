@@ -34,7 +34,6 @@ using CopyStreams = std::map<int, std::unique_ptr<CopyStream>>;
 class Capture {
  public:
   struct Settings {
-    int64_t window = 3;
     Overflow overflow = Overflow::kBlock;
     int64_t spare_gpu_bytes = -1;
     std::chrono::duration<double> timeout{600};  // of a gate
@@ -118,7 +117,7 @@ class Capture {
   std::vector<Guarded> guarded_;  // by tensor
   std::vector<size_t> all_;       // tensors that are guarded
   std::unordered_map<const void*, std::vector<size_t>> by_storage_;
-  // `urgent_` is what a gate waits for: it goes first, and past the window.
+  // `urgent_` is what a gate waits for: it goes first, and past the two that are under way.
   std::deque<size_t> urgent_, waiting_, captured_, written_;
   size_t left_to_capture_ = 0, left_to_take_ = 0;
   bool stopped_ = false;  // stop_taking()

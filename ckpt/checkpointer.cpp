@@ -53,9 +53,9 @@ void check_options(CheckpointerOptions& options) {
               "[checkpoint] expected slot_bytes in multiples of ", kBlockBytes,
               " and pool_bytes of at least 0, got ", options.slot_bytes, " and ",
               options.pool_bytes);
-  OUNCE_CHECK(options.window >= 1 && options.writers >= 1 && options.timeout > 0,
-              "[checkpoint] expected window, writers and timeout of at least 1, got ",
-              options.window, ", ", options.writers, " and ", options.timeout);
+  OUNCE_CHECK(options.writers >= 1 && options.timeout > 0,
+              "[checkpoint] expected writers and timeout of at least 1, got ", options.writers,
+              " and ", options.timeout);
   if (!options.file_system) options.file_system = posix_file_system();
   if (!options.vote) options.vote = vote_of_one();
 }
@@ -276,8 +276,7 @@ void Checkpointer::Impl::begin(std::shared_ptr<Ticket::State> state, Snapshot sn
   snapshot.materialize();
   state->capture = std::make_shared<Capture>(
       std::move(snapshot), std::move(slots), pool, streams,
-      Capture::Settings{.window = options.window,
-                        .overflow = options.overflow,
+      Capture::Settings{.overflow = options.overflow,
                         .spare_gpu_bytes = options.spare_gpu_bytes,
                         .timeout = std::chrono::duration<double>(options.timeout)});
   capturing = true;

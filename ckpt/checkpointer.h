@@ -66,9 +66,8 @@ struct CheckpointerOptions {
   // memory that is available then.
   int64_t pool_bytes = 0;
   int64_t slot_bytes = int64_t{32} << 20;  // one copy, one write; a multiple of 4 MiB
-  int64_t window = 3;   // copies a GPU is given at a time; others get through between
-  int64_t writers = 4;  // threads that write to the first level
-  bool direct = true;   // past the page cache, where the file system can
+  int64_t writers = 4;                     // threads that write to the first level
+  bool direct = true;                      // past the page cache, where the file system can
   // Where forward and backward are too short for the copies, clone what is left on the GPU, as
   // long as this much stays free there. -1 = never.
   int64_t spare_gpu_bytes = int64_t{1} << 30;

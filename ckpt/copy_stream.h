@@ -16,7 +16,7 @@ struct Copy {
   size_t bytes = 0;
 };
 
-// A point of the copy stream; belongs to the stream that made it, which must outlive it.
+// The end of a batch; belongs to the stream that made it, which must outlive it.
 class CopyMark {
  public:
   virtual ~CopyMark() = default;
@@ -31,10 +31,10 @@ class CopyStream {
 
   // What is enqueued from here on waits for what the current stream holds now.
   virtual void follow_compute() = 0;
-  // One batch, whatever the number of copies; between host and device in either direction. Host
-  // memory that is not registered makes it synchronous.
-  virtual void copy(const std::vector<Copy>& copies) = 0;
-  virtual std::shared_ptr<CopyMark> mark() = 0;
+  // One batch, whatever the number of copies; between host and device in either direction. Batches
+  // end in their order; copies of other streams get through between two of them. Host memory that
+  // is not registered makes it synchronous.
+  virtual std::shared_ptr<CopyMark> copy(const std::vector<Copy>& copies) = 0;
   // The current stream waits for the mark. Measured: stalled_seconds() is the sum of the waits that
   // have ended, since it was last asked.
   virtual void hold_compute(const CopyMark& mark) = 0;

@@ -80,15 +80,16 @@ class CudaCopyStream : public CopyStream {
  public:
   explicit CudaCopyStream(int device) : device_(static_cast<c10::DeviceIndex>(device)) {
     const c10::cuda::CUDAGuard guard(device_);
-    C10_CUDA_CHECK(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking));
-    C10_CUDA_CHECK(cudaStreamCreateWithFlags(&clones_, cudaStreamNonBlocking));
+    for (auto* stream : {&turns_[0], &turns_[1], &clones_}) {
+      C10_CUDA_CHECK(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking));
+    }
   }
   ~CudaCopyStream() override {
     const c10::cuda::CUDAGuard guard(device_);
-    cudaStreamSynchronize(copies_);
-    cudaStreamSynchronize(clones_);
-    cudaStreamDestroy(copies_);
-    cudaStreamDestroy(clones_);
+    for (auto* stream : {turns_[0], turns_[1], clones_}) {
+      cudaStreamSynchronize(stream);
+      cudaStreamDestroy(stream);
+    }
     for (const auto& [begin, end] : stalls_) {
       cudaEventDestroy(begin);
       cudaEventDestroy(end);
@@ -99,18 +100,18 @@ class CudaCopyStream : public CopyStream {
     const c10::cuda::CUDAGuard guard(device_);
     const Mark now(events_);
     C10_CUDA_CHECK(cudaEventRecord(now.event(), compute()));
-    C10_CUDA_CHECK(cudaStreamWaitEvent(copies_, now.event(), 0));
+    copies_wait_for(now);
   }
 
-  void copy(const std::vector<Copy>& copies) override {
+  std::shared_ptr<CopyMark> copy(const std::vector<Copy>& copies) override {
     const c10::cuda::CUDAGuard guard(device_);
-    enqueue(copies, copies_);
-  }
-
-  std::shared_ptr<CopyMark> mark() override {
-    const c10::cuda::CUDAGuard guard(device_);
+    const std::lock_guard lock(mutex_);
+    std::swap(turns_[0], turns_[1]);
+    if (last_) C10_CUDA_CHECK(cudaStreamWaitEvent(turns_[0], last_->event(), 0));
     auto mark = std::make_shared<Mark>(events_);
-    C10_CUDA_CHECK(cudaEventRecord(mark->event(), copies_));
+    enqueue(copies, turns_[0]);
+    C10_CUDA_CHECK(cudaEventRecord(mark->event(), turns_[0]));
+    last_ = mark;
     return mark;
   }
 
@@ -149,7 +150,7 @@ class CudaCopyStream : public CopyStream {
     enqueue(copies, clones_);
     C10_CUDA_CHECK(cudaEventRecord(done.event(), clones_));
     C10_CUDA_CHECK(cudaStreamWaitEvent(compute(), done.event(), 0));
-    C10_CUDA_CHECK(cudaStreamWaitEvent(copies_, done.event(), 0));
+    copies_wait_for(done);
   }
 
   int64_t spare_bytes() override {
@@ -164,9 +165,19 @@ class CudaCopyStream : public CopyStream {
  private:
   cudaStream_t compute() const { return c10::cuda::getCurrentCUDAStream(device_).stream(); }
 
+  void copies_wait_for(const Mark& mark) {
+    const std::lock_guard lock(mutex_);
+    for (auto* stream : turns_) C10_CUDA_CHECK(cudaStreamWaitEvent(stream, mark.event(), 0));
+  }
+
   const c10::DeviceIndex device_;
-  cudaStream_t copies_ = nullptr, clones_ = nullptr;
+  // Batches take turns on two streams, each waiting for the one before: a copy engine that has the
+  // next copy of the same stream at hand serves others only when a time slice of many milliseconds
+  // ends, but it looks around whenever a stream has to wait.
+  cudaStream_t turns_[2] = {nullptr, nullptr};
+  cudaStream_t clones_ = nullptr;
   EventPool events_{cudaEventDisableTiming | cudaEventBlockingSync};
+  std::shared_ptr<Mark> last_;
   EventPool timed_{cudaEventDefault};
   std::mutex mutex_;
   std::vector<std::pair<cudaEvent_t, cudaEvent_t>> stalls_;

@@ -205,8 +205,7 @@ class Reading {
       }
     }
     for (const auto& [device, batch] : copies) {
-      streams_.at(device)->copy(batch);
-      streams_.at(device)->mark()->wait();
+      streams_.at(device)->copy(batch)->wait();
     }
   }
 

@@ -186,7 +186,6 @@ TEST_P(Async, OnlyTheBucketIsWaitedFor) {
   auto with = options();
   with.file_system = disk.files;
   with.pool_bytes = 4 * kSlot;
-  with.window = 1;
   Checkpointer writer(with);
   auto training = state(8, 3);
   const auto before = copy_of(training);
