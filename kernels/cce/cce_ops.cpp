@@ -4,6 +4,7 @@
 #include <ounce/core/check.h>
 #include <ounce/kernels/cce/cce.h>
 #include <ounce/kernels/cce/cce_checks.h>
+#include <ounce/kernels/cce/cce_fused.h>
 #include <ounce/kernels/cce/cce_reference.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -26,9 +27,15 @@ using detail::kReductions;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// loss, lse, z_loss, n_valid, correct, dropped_mass; those without a value are empty [0] tensors.
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// loss, lse, z_loss, n_valid, correct, dropped_mass, nll; those without a value are empty [0]
+// tensors.
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// What backward takes from forward, per token.
+struct Saved {
+  const Tensor &lse, &nll;
+};
 
 // --- CPU and CUDA -------------------------------------------------------------------------------
 
@@ -64,15 +71,21 @@ void check_targets(const Inputs& in, const CceOptions& o) {
        " others, the first ", target.masked_select(bad).select(0, 0).item<int64_t>());
 }
 
+bool is_fused(const Tensor& hidden, const Inputs& in, const CceOptions& o) {
+  return takes_fused("linear_cross_entropy", o.implementation(), hidden,
+                     fused::why_not(hidden, in.weight, in.class_weight, o));
+}
+
 Outputs forward_kernel(const Inputs& in, const CceOptions& o) {
   check_inputs(in, o);
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  note_reference("linear_cross_entropy", o.implementation(), in.hidden);
   if (o.validate_targets()) check_targets(in, o);
   const auto tokens = tokens_of(in, o);
   const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
-  auto rows =
-      reference::linear_cross_entropy_rows(hidden, in.weight, in.bias, in.class_weight, tokens, o);
+  const auto rows = is_fused(hidden, in, o)
+                        ? fused::linear_cross_entropy_rows(hidden, in.weight, in.bias, tokens, o)
+                        : reference::linear_cross_entropy_rows(hidden, in.weight, in.bias,
+                                                               in.class_weight, tokens, o);
   const auto per_token = [&](const Tensor& t) { return to_target_place(t, in.target, o.shift()); };
   const auto reduce = [&](const Tensor& t) {
     if (o.reduction() == Reduction::kNone) return per_token(t);
@@ -86,11 +99,13 @@ Outputs forward_kernel(const Inputs& in, const CceOptions& o) {
           reduce(rows.z_loss),
           tokens.counted.sum(),
           o.return_correct() ? per_token(rows.correct) : rows.correct,
-          o.grad_mode() == GradMode::kExact ? rows.dropped_mass : per_token(rows.dropped_mass)};
+          o.grad_mode() == GradMode::kExact ? rows.dropped_mass : per_token(rows.dropped_mass),
+          per_token(rows.nll)};
 }
 
 Gradients backward_kernel(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                          const Inputs& in, const CceOptions& o, std::array<bool, 3> wanted) {
+                          const Inputs& in, const Saved& saved, const CceOptions& o,
+                          std::array<bool, 3> wanted) {
   check_inputs(in, o);
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto tokens = tokens_of(in, o);
@@ -103,8 +118,14 @@ Gradients backward_kernel(const OptionalTensor& grad_loss, const OptionalTensor&
   }
   const auto lse_rows = grad_lse ? to_hidden_place(*grad_lse, o.shift()) : zero;
   const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
-  auto [grad_hidden, grad_weight, grad_bias] = reference::linear_cross_entropy_rows_backward(
-      grad_rows, lse_rows, hidden, in.weight, in.bias, in.class_weight, tokens, o, wanted);
+  auto [grad_hidden, grad_weight, grad_bias] =
+      is_fused(hidden, in, o) ? fused::linear_cross_entropy_rows_backward(
+                                    grad_rows, lse_rows, hidden, in.weight, in.bias, tokens,
+                                    to_hidden_place(saved.lse, o.shift()),
+                                    to_hidden_place(saved.nll, o.shift()), o, wanted)
+                              : reference::linear_cross_entropy_rows_backward(
+                                    grad_rows, lse_rows, hidden, in.weight, in.bias,
+                                    in.class_weight, tokens, o, wanted);
   if (wanted[0]) grad_hidden = grad_hidden.view(in.hidden.sizes());
   return {grad_hidden, grad_weight, grad_bias};
 }
@@ -126,11 +147,12 @@ Outputs forward_meta(const Inputs& in, const CceOptions& o) {
           reduced(),
           at::empty({}, options.dtype(at::kLong)),
           per_token(at::kBool, o.return_correct()),
-          per_token(compute, o.grad_mode() != GradMode::kExact)};
+          per_token(compute, o.grad_mode() != GradMode::kExact),
+          per_token(compute, true)};
 }
 
 Gradients backward_meta(const OptionalTensor&, const OptionalTensor&, const Inputs& in,
-                        const CceOptions&, std::array<bool, 3> wanted) {
+                        const Saved&, const CceOptions&, std::array<bool, 3> wanted) {
   const auto like = [](bool full, const Tensor& t) {
     return full ? at::empty_symint(t.sym_sizes(), t.options()) : at::empty({0}, t.options());
   };
@@ -172,13 +194,13 @@ Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& 
 }
 
 template <Gradients (*kernel)(const OptionalTensor&, const OptionalTensor&, const Inputs&,
-                              const CceOptions&, std::array<bool, 3>)>
+                              const Saved&, const CceOptions&, std::array<bool, 3>)>
 Gradients backward_entry(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
                          const Tensor& hidden, const Tensor& weight, const Tensor& target,
                          const OptionalTensor& bias, const OptionalTensor& token_weight,
-                         const OptionalTensor& class_weight, int64_t ignore_index,
-                         c10::string_view reduction, int64_t shift, double label_smoothing,
-                         double z_loss, double softcap, double logit_scale,
+                         const OptionalTensor& class_weight, const Tensor& lse, const Tensor& nll,
+                         int64_t ignore_index, c10::string_view reduction, int64_t shift,
+                         double label_smoothing, double z_loss, double softcap, double logit_scale,
                          c10::string_view grad_mode, std::optional<double> filter_eps,
                          int64_t workspace_bytes, bool deterministic, at::ScalarType accum,
                          c10::string_view implementation, std::array<bool, 3> wanted) {
@@ -197,7 +219,7 @@ Gradients backward_entry(const OptionalTensor& grad_loss, const OptionalTensor& 
                            .accum(accum)
                            .implementation(std::string(implementation));
   return kernel(grad_loss, grad_lse, {hidden, weight, target, bias, token_weight, class_weight},
-                options, wanted);
+                {lse, nll}, options, wanted);
 }
 
 Outputs call_forward(const Inputs& in, const CceOptions& o) {
@@ -213,15 +235,16 @@ Outputs call_forward(const Inputs& in, const CceOptions& o) {
 }
 
 Gradients call_backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                        const Inputs& in, const CceOptions& o, std::array<bool, 3> wanted) {
+                        const Inputs& in, const Saved& saved, const CceOptions& o,
+                        std::array<bool, 3> wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ounce::linear_cross_entropy_backward", "")
                              .typed<decltype(backward_entry<backward_kernel>)>();
   return op.call(grad_loss, grad_lse, in.hidden, in.weight, in.target, in.bias, in.token_weight,
-                 in.class_weight, o.ignore_index(), kReductions.text(o.reduction()), o.shift(),
-                 o.label_smoothing(), o.z_loss(), o.softcap(), o.logit_scale(),
-                 kGradModes.text(o.grad_mode()), o.filter_eps(), o.workspace_bytes(),
-                 o.deterministic(), o.accum(), o.implementation(), wanted);
+                 in.class_weight, saved.lse, saved.nll, o.ignore_index(),
+                 kReductions.text(o.reduction()), o.shift(), o.label_smoothing(), o.z_loss(),
+                 o.softcap(), o.logit_scale(), kGradModes.text(o.grad_mode()), o.filter_eps(),
+                 o.workspace_bytes(), o.deterministic(), o.accum(), o.implementation(), wanted);
 }
 
 // --- autograd and autocast ----------------------------------------------------------------------
@@ -242,15 +265,16 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
                                const OptionalTensor& token_weight,
                                const OptionalTensor& class_weight, const CceOptions& options) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, lse, z_loss, n_valid, correct, dropped_mass] =
+    auto [loss, lse, z_loss, n_valid, correct, dropped_mass, nll] =
         call_forward({hidden, weight, target, bias, token_weight, class_weight}, options);
     ctx->save_for_backward({hidden, weight, target, bias.value_or(Tensor()),
-                            token_weight.value_or(Tensor()), class_weight.value_or(Tensor())});
+                            token_weight.value_or(Tensor()), class_weight.value_or(Tensor()), lse,
+                            nll});
     ctx->saved_data["options"] =
         c10::IValue::make_capsule(c10::make_intrusive<SavedOptions>(options));
-    ctx->mark_non_differentiable({z_loss, n_valid, correct, dropped_mass});
+    ctx->mark_non_differentiable({z_loss, n_valid, correct, dropped_mass, nll});
     ctx->set_materialize_grads(false);
-    return {loss, lse, z_loss, n_valid, correct, dropped_mass};
+    return {loss, lse, z_loss, n_valid, correct, dropped_mass, nll};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list out(7);
@@ -262,9 +286,10 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     const auto& options = static_cast<const SavedOptions&>(*held).options;
     const std::array<bool, 3> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                         bias && ctx->needs_input_grad(3)};
-    auto [grad_hidden, grad_weight, grad_bias] = call_backward(
-        when_defined(grads[0]), when_defined(grads[1]),
-        {saved[0], saved[1], saved[2], bias, token_weight, class_weight}, options, wanted);
+    auto [grad_hidden, grad_weight, grad_bias] =
+        call_backward(when_defined(grads[0]), when_defined(grads[1]),
+                      {saved[0], saved[1], saved[2], bias, token_weight, class_weight},
+                      {saved[6], saved[7]}, options, wanted);
     if (wanted[0]) out[0] = grad_hidden;
     if (wanted[1]) out[1] = grad_weight;
     if (wanted[2]) out[3] = grad_bias;
@@ -279,12 +304,13 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
                                const OptionalTensor& grad_lse, const Tensor& hidden,
                                const Tensor& weight, const Tensor& target,
                                const OptionalTensor& bias, const OptionalTensor& token_weight,
-                               const OptionalTensor& class_weight, const CceOptions& options,
+                               const OptionalTensor& class_weight, const Tensor& lse,
+                               const Tensor& nll, const CceOptions& options,
                                std::array<bool, 3> wanted) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [grad_hidden, grad_weight, grad_bias] =
-        call_backward(grad_loss, grad_lse,
-                      {hidden, weight, target, bias, token_weight, class_weight}, options, wanted);
+    auto [grad_hidden, grad_weight, grad_bias] = call_backward(
+        grad_loss, grad_lse, {hidden, weight, target, bias, token_weight, class_weight}, {lse, nll},
+        options, wanted);
     return {grad_hidden, grad_weight, grad_bias};
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -302,13 +328,15 @@ Outputs forward_autograd(const Inputs& in, const CceOptions& o) {
               "[linear_cross_entropy] expected class_weight without gradient; detach it");
   auto out = ForwardFunction::apply(in.hidden, in.weight, in.target, in.bias, in.token_weight,
                                     in.class_weight, o);
-  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
 }
 
 Gradients backward_autograd(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                            const Inputs& in, const CceOptions& o, std::array<bool, 3> wanted) {
-  auto out = BackwardFunction::apply(grad_loss, grad_lse, in.hidden, in.weight, in.target, in.bias,
-                                     in.token_weight, in.class_weight, o, wanted);
+                            const Inputs& in, const Saved& saved, const CceOptions& o,
+                            std::array<bool, 3> wanted) {
+  auto out =
+      BackwardFunction::apply(grad_loss, grad_lse, in.hidden, in.weight, in.target, in.bias,
+                              in.token_weight, in.class_weight, saved.lse, saved.nll, o, wanted);
   return {out[0], out[1], out[2]};
 }
 
@@ -333,7 +361,7 @@ LinearCrossEntropyOutput linear_cross_entropy(const Tensor& hidden, const Tensor
   const auto drop_undefined = [](const OptionalTensor& t) {
     return t && t->defined() ? t : std::nullopt;
   };
-  auto [loss, lse, z_loss, n_valid, correct, dropped_mass] =
+  auto [loss, lse, z_loss, n_valid, correct, dropped_mass, nll] =
       call_forward({hidden, weight, target, drop_undefined(bias), drop_undefined(token_weight),
                     drop_undefined(class_weight)},
                    o);
@@ -357,11 +385,12 @@ TORCH_LIBRARY_FRAGMENT(ounce, m) {
       "bool return_correct=False, bool validate_targets=False, int workspace_bytes=-1, "
       "str recompute='auto', bool deterministic=True, ScalarType accum=float, "
       "str implementation='auto') -> (Tensor loss, Tensor lse, Tensor z_loss, Tensor n_valid, "
-      "Tensor correct, Tensor dropped_mass)");
+      "Tensor correct, Tensor dropped_mass, Tensor nll)");
   m.def(
       "linear_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor hidden, "
-      "Tensor weight, Tensor target, Tensor? bias, Tensor? token_weight, Tensor? class_weight, *, "
-      "int ignore_index, str reduction, int shift, float label_smoothing, float z_loss, "
+      "Tensor weight, Tensor target, Tensor? bias, Tensor? token_weight, Tensor? class_weight, "
+      "Tensor lse, Tensor nll, *, int ignore_index, str reduction, int shift, float "
+      "label_smoothing, float z_loss, "
       "float softcap, float logit_scale, str grad_mode, float? filter_eps, int workspace_bytes, "
       "bool deterministic, ScalarType accum, str implementation, bool[3] wanted) -> "
       "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");

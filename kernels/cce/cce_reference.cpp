@@ -232,9 +232,13 @@ struct Smoothing {
   Tensor class_sum;
 };
 
-Tensor row_loss(const Exponentials& e, const Chunk& chunk, const Smoothing& smoothing) {
+Tensor negative_log_likelihood(const Exponentials& e) {
   const auto near = at::log1p(e.rest_sum / e.hit);
-  auto nll = at::where(e.hit_logit > kNearMaximum, near, e.log_total - e.hit_logit);
+  return at::where(e.hit_logit > kNearMaximum, near, e.log_total - e.hit_logit);
+}
+
+Tensor row_loss(const Exponentials& e, const Tensor& nll, const Chunk& chunk,
+                const Smoothing& smoothing) {
   auto loss = nll * chunk.hit_weight * smoothing.sharp;
   if (smoothing.flat > 0) {
     loss += (smoothing.class_sum * e.log_total - e.weighted_logits) * smoothing.flat;
@@ -296,6 +300,7 @@ ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight
   out.loss = at::empty({count}, tokens.weight.options());
   out.lse = at::empty_like(out.loss);
   out.z_loss = at::empty_like(out.loss);
+  out.nll = at::empty_like(out.loss);
   out.correct =
       at::empty({options.return_correct() ? count : 0}, out.loss.options().dtype(at::kBool));
   out.dropped_mass = at::empty({filters ? count : 0}, out.loss.options());
@@ -315,7 +320,9 @@ ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight
     }
     const auto e = exponentials(z, chunk.target, smoothing.class_weights, options);
     const auto squared = e.lse.square() * options.z_loss();
-    put(out.loss, (row_loss(e, chunk, smoothing) + squared) * chunk.weight);
+    const auto nll = negative_log_likelihood(e);
+    put(out.nll, nll);
+    put(out.loss, (row_loss(e, nll, chunk, smoothing) + squared) * chunk.weight);
     put(out.z_loss, squared * chunk.weight);
     put(out.lse, e.lse);
     if (filters) {

@@ -31,6 +31,7 @@ Tokens describe_tokens(const at::Tensor& target, const at::Tensor& counted,
 
 struct ForwardRows {
   at::Tensor loss, lse, z_loss;  // [N], not reduced, 0 where not counted
+  at::Tensor nll;                // [N] lse - z_y, 0 where not counted
   at::Tensor correct;            // [N] bool, or [0] when not asked for
   at::Tensor dropped_mass;       // [N], or [0] with GradMode::kExact
 };

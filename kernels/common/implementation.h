@@ -13,28 +13,36 @@
 
 namespace ounce {
 
-// No family has device code yet.
 inline void check_implementation(const char* op, std::string_view how) {
   OUNCE_CHECK(how == "auto" || how == "fused" || how == "reference", "[", op,
               "] expected implementation = auto, fused or reference, got '", how, "'");
-  OUNCE_CHECK(how != "fused", "[", op,
-              "] expected an implementation that is built, got 'fused', of which this build has "
-              "none; use 'auto' or 'reference'");
 }
 
-// Called where the reference path runs. Whoever has a GPU and asks for "auto" expects the fused
-// path: one warning an operator says that it is not taken, and with OUNCE_STRICT=1 this throws.
-inline void note_reference(const char* op, std::string_view how, const at::Tensor& x) {
-  if (how != "auto" || !x.is_cuda()) return;
-  const auto message = c10::str("[", op,
-                                "] expected a fused path on a GPU, got none in this build; the "
-                                "composed one runs, which implementation = 'reference' asks for");
-  const char* strict = std::getenv("OUNCE_STRICT");
-  OUNCE_CHECK(strict == nullptr || std::string_view(strict) != "1", message);
+// Whether a call takes the fused path. `why_not` says what keeps this call from it; "" = nothing.
+// "fused" throws then. Whoever has a GPU and asks for "auto" expects the fused path: one warning
+// for each reason says that it is not taken, and with OUNCE_STRICT=1 this throws.
+inline bool takes_fused(const char* op, std::string_view how, const at::Tensor& x,
+                        const std::string& why_not) {
+  check_implementation(op, how);
+  if (how == "reference") return false;
+  if (why_not.empty()) return true;
+  OUNCE_CHECK(how != "fused", "[", op, "] expected a call that the fused path takes, got ", why_not,
+              "; use 'auto' or 'reference'");
+  if (!x.is_cuda()) return false;
   static std::mutex mutex;
   static std::set<std::string> said;
   const std::lock_guard lock(mutex);
-  if (said.insert(op).second) TORCH_WARN(message);
+  const char* strict = std::getenv("OUNCE_STRICT");
+  const bool throws = strict != nullptr && std::string_view(strict) == "1";
+  if (!throws && !said.insert(op + why_not).second) return false;
+  const auto message =
+      c10::str("[", op, "] expected a call that the fused path takes, got ", why_not,
+               "; the composed path runs, which implementation = 'reference' asks for");
+  OUNCE_CHECK(!throws, message);
+  TORCH_WARN(message);
+  return false;
 }
+
+inline constexpr const char* kNotBuilt = "a build without one";
 
 }  // namespace ounce

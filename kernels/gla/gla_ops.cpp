@@ -77,7 +77,9 @@ struct Kernels<std::tuple<O...>> {
     const auto options = check_call(q, k, v, g, state, cu, {o...}, Op::kName);
     check_boundaries(cu, q.size(1), Op::kName);
     check_gates(g, options, Op::kName);
-    if constexpr (!std::is_same_v<Op, Naive>) note_reference(Op::kName, options.implementation, q);
+    if constexpr (!std::is_same_v<Op, Naive>) {
+      takes_fused(Op::kName, options.implementation, q, kNotBuilt);
+    }
     auto [out, final_state] = Op::compute(to_inputs(q, k, v, g, state, cu), options);
     return {out, final_state.defined() ? final_state : no_state(q)};
   }
@@ -173,7 +175,7 @@ struct Kernels<std::tuple<O...>> {
                      Tensor& state, const OptionalTensor& indices, O... o) {
     auto options = check_step(q, k, v, g, state, indices, o...);
     check_gates(g, options, Step::kName);
-    note_reference(Step::kName, options.implementation, q);
+    takes_fused(Step::kName, options.implementation, q, kNotBuilt);
     options.output_final_state = true;
     const auto slots = indices ? indices->to(at::kLong) : Tensor();
     const auto before = indices ? state.index_select(0, slots) : state;

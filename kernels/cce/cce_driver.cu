@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: MIT
+// The passes over the logits without Torch: checked against plain kernels, and timed beside cuBLAS,
+// which stores the logits. For ncu and compute-sanitizer:  cce_driver [N D V [rounds]]
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <ounce/kernels/cce/cce_kernels.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <vector>
+
+using namespace ounce::cce;
+
+namespace {
+
+#define CHECK(call)                                                    \
+  do {                                                                 \
+    const auto status_ = (call);                                       \
+    if (status_ != 0) {                                                \
+      std::printf("%s: error %d\n", #call, static_cast<int>(status_)); \
+      std::exit(1);                                                    \
+    }                                                                  \
+  } while (0)
+
+template <class T>
+T* allocate(int64_t count) {
+  void* memory = nullptr;
+  CHECK(cudaMalloc(&memory, std::max<int64_t>(count, 1) * sizeof(T)));
+  return static_cast<T*>(memory);
+}
+
+__device__ float noise(uint64_t i, uint64_t seed) {  // N(0, 1)
+  const auto mix = [](uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+  };
+  const uint64_t r = mix(i * 0x9E3779B97F4A7C15ull + seed);
+  const float u = ((r >> 40) + 0.5f) / 16777216.f, v = (r & 0xFFFFFF) / 16777216.f;
+  return sqrtf(-2 * logf(u)) * cospif(2 * v);
+}
+__global__ void fill(__nv_bfloat16* out, int64_t count, float scale, uint64_t seed) {
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    out[i] = __float2bfloat16(noise(i, seed) * scale);
+  }
+}
+template <class T>
+__global__ void fill_with(T* out, int64_t count, T value) {
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    out[i] = value;
+  }
+}
+__global__ void fill_targets(int* out, int64_t count, int64_t vocab) {
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+    out[i] = static_cast<int>((i * 2654435761u + i) % vocab);
+  }
+}
+
+// One block a row, in double.
+__device__ double logit(const Logits& p, int64_t row, int64_t column) {
+  const auto* x = static_cast<const __nv_bfloat16*>(p.hidden) + row * p.hidden_stride;
+  const auto* c = static_cast<const __nv_bfloat16*>(p.weight) + column * p.weight_stride;
+  double sum = 0;
+  for (int64_t i = 0; i < p.dim; ++i) {
+    sum += static_cast<double>(__bfloat162float(x[i])) * __bfloat162float(c[i]);
+  }
+  sum = (sum + (p.bias ? p.bias[column] : 0)) * p.scale;
+  return p.softcap > 0 ? p.softcap * tanh(sum / p.softcap) : sum;
+}
+__device__ double over_block(double x, bool largest) {
+  __shared__ double all[256];
+  all[threadIdx.x] = x;
+  __syncthreads();
+  for (int step = 128; step > 0; step /= 2) {
+    if (threadIdx.x < step) {
+      const double other = all[threadIdx.x + step];
+      all[threadIdx.x] = largest ? fmax(all[threadIdx.x], other) : all[threadIdx.x] + other;
+    }
+    __syncthreads();
+  }
+  const double result = all[0];
+  __syncthreads();
+  return result;
+}
+__global__ void plain_rows(Logits p, int64_t step, double* lse, double* nll) {
+  const int64_t row = blockIdx.x * step;
+  if (row >= p.rows) return;
+  double top = -INFINITY, sum = 0;
+  for (int64_t j = threadIdx.x; j < p.vocab; j += 256) top = fmax(top, logit(p, row, j));
+  top = over_block(top, true);
+  for (int64_t j = threadIdx.x; j < p.vocab; j += 256) sum += exp(logit(p, row, j) - top);
+  sum = over_block(sum, false);
+  if (threadIdx.x == 0) {
+    lse[blockIdx.x] = top + log(sum);
+    nll[blockIdx.x] = lse[blockIdx.x] - logit(p, row, p.target[row]);
+  }
+}
+// Squares of the error, and of the value.
+__global__ void plain_gradient(Logits p, LogitGradient g, int64_t step, double* sums) {
+  const int64_t row = blockIdx.x * step;
+  if (row >= p.rows) return;
+  double error = 0, value = 0;
+  for (int64_t j = threadIdx.x; j < p.vocab; j += 256) {
+    const double z = logit(p, row, j),
+                 slope = p.softcap > 0 ? 1 - z * z / p.softcap / p.softcap : 1;
+    double v = g.factor[row] * exp(z - g.lse[row]);
+    v *= slope;
+    if (p.target[row] == j) v = g.at_target[row];
+    if (g.factor[row] == 0) v = 0;
+    const double got =
+        __bfloat162float(static_cast<const __nv_bfloat16*>(g.out)[row * g.out_stride + j]);
+    error += (v - got) * (v - got);
+    value += v * v;
+  }
+  error = over_block(error, false);
+  value = over_block(value, false);
+  if (threadIdx.x == 0) {
+    atomicAdd(sums, error);
+    atomicAdd(sums + 1, value);
+  }
+}
+
+int failures = 0;
+void expect(bool good, const char* what, double value) {
+  std::printf("  %s %s %.3g\n", good ? "ok  " : "FAIL", what, value);
+  failures += !good;
+}
+
+struct Case {
+  int64_t rows, dim, vocab;
+  bool bias = false;
+  float scale = 1, softcap = 0, spread = 0;  // of the classifier; 0 = logits of unit variance
+};
+
+struct Data {
+  Logits logits;
+  Partial *partials, *sums;
+  float *target_logit, *lse, *nll, *factor, *at_target, *rounding;
+  int* target;
+
+  explicit Data(const Case& c) {
+    logits.rows = c.rows, logits.vocab = c.vocab, logits.dim = c.dim;
+    logits.hidden_stride = logits.weight_stride = (c.dim + 7) / 8 * 8;
+    auto* x = allocate<__nv_bfloat16>(c.rows * logits.hidden_stride);
+    auto* w = allocate<__nv_bfloat16>(c.vocab * logits.weight_stride);
+    fill<<<1024, 256>>>(x, c.rows * logits.hidden_stride, 1, 1);
+    const float spread = c.spread > 0 ? c.spread : 1 / std::sqrt(static_cast<float>(c.dim));
+    fill<<<1024, 256>>>(w, c.vocab * logits.weight_stride, spread, 2);
+    target = allocate<int>(c.rows);
+    fill_targets<<<1, 256>>>(target, c.rows, c.vocab);
+    logits.hidden = x, logits.weight = w, logits.target = target;
+    logits.scale = c.scale, logits.softcap = c.softcap;
+    if (c.bias) {
+      std::vector<float> host(c.vocab);
+      for (int64_t i = 0; i < c.vocab; ++i) host[i] = std::sin(static_cast<float>(i));
+      auto* bias = allocate<float>(c.vocab);
+      CHECK(cudaMemcpy(bias, host.data(), c.vocab * 4, cudaMemcpyHostToDevice));
+      logits.bias = bias;
+    }
+    cudaDeviceProp properties;
+    CHECK(cudaGetDeviceProperties(&properties, 0));
+    logits.schedule =
+        schedule(c.rows, c.vocab, c.dim, clusters_of_device(), properties.l2CacheSize);
+    partials = allocate<Partial>(logits.schedule.partials());
+    sums = allocate<Partial>(c.rows);
+    for (auto** rows : {&target_logit, &lse, &nll, &factor, &at_target, &rounding}) {
+      *rows = allocate<float>(c.rows);
+    }
+    fill_with<<<64, 256>>>(factor, c.rows, 0.5f);
+    fill_with<<<64, 256>>>(at_target, c.rows, -1.f / static_cast<float>(c.vocab));
+  }
+  ~Data() {
+    for (const void* memory :
+         {logits.hidden, logits.weight, static_cast<const void*>(logits.bias),
+          static_cast<const void*>(target), static_cast<const void*>(partials),
+          static_cast<const void*>(sums), static_cast<const void*>(rounding),
+          static_cast<const void*>(target_logit), static_cast<const void*>(lse),
+          static_cast<const void*>(nll), static_cast<const void*>(factor),
+          static_cast<const void*>(at_target)}) {
+      cudaFree(const_cast<void*>(memory));
+    }
+  }
+  void forward() {
+    fill_with<<<64, 256>>>(sums, logits.rows, Partial{-INFINITY, 0});
+    CHECK(add_exponentials(logits, partials, sums, target_logit, nullptr));
+    CHECK(finish_rows(logits.rows, sums, target_logit, lse, nll, nullptr));
+  }
+};
+
+void check(const Case& c) {
+  std::printf("N %ld D %ld V %ld%s scale %g softcap %g spread %g\n", c.rows, c.dim, c.vocab,
+              c.bias ? " bias" : "", c.scale, c.softcap, c.spread);
+  Data data(c);
+  data.forward();
+  CHECK(cudaDeviceSynchronize());
+  const int64_t step = std::max<int64_t>(1, c.rows / 64);
+  const auto blocks = static_cast<unsigned>((c.rows + step - 1) / step);
+  auto* plain = allocate<double>(2 * blocks + 2);
+  plain_rows<<<blocks, 256>>>(data.logits, step, plain, plain + blocks);
+  std::vector<double> expected(2 * blocks);
+  std::vector<float> lse(c.rows), nll(c.rows);
+  CHECK(cudaMemcpy(expected.data(), plain, 2 * blocks * 8, cudaMemcpyDeviceToHost));
+  CHECK(cudaMemcpy(lse.data(), data.lse, c.rows * 4, cudaMemcpyDeviceToHost));
+  CHECK(cudaMemcpy(nll.data(), data.nll, c.rows * 4, cudaMemcpyDeviceToHost));
+  double worst_lse = 0, worst_nll = 0;
+  for (unsigned i = 0; i < blocks; ++i) {
+    const auto far = [](double a, double b) {
+      return std::abs(a - b) / std::max(1.0, std::abs(b));
+    };
+    const double l = far(lse[i * step], expected[i]);
+    const double n = far(nll[i * step], expected[blocks + i]);
+    if (!(l <= worst_lse)) worst_lse = l;
+    if (!(n <= worst_nll)) worst_nll = n;
+  }
+  expect(worst_lse < 2e-5, "lse", worst_lse);
+  expect(worst_nll < 2e-5, "nll", worst_nll);
+
+  LogitGradient g{.lse = data.lse, .factor = data.factor, .at_target = data.at_target};
+  g.out_stride = (c.vocab + 7) / 8 * 8;
+  g.out = allocate<__nv_bfloat16>(c.rows * g.out_stride);
+  CHECK(cudaMemset(g.out, 0xFF, c.rows * g.out_stride * 2));
+  fill_with<<<64, 256>>>(data.rounding, c.rows, 0.f);
+  CHECK(logit_gradient(data.logits, g, reinterpret_cast<float*>(data.partials), data.rounding,
+                       nullptr));
+  CHECK(cudaMemset(plain, 0, 16));
+  plain_gradient<<<blocks, 256>>>(data.logits, g, step, plain);
+  double sums[2];
+  CHECK(cudaMemcpy(sums, plain, 16, cudaMemcpyDeviceToHost));
+  const double error = std::sqrt(sums[0] / sums[1]);
+  expect(error < 3e-3, "gradient", error);
+  cudaFree(g.out);
+  cudaFree(plain);
+}
+
+double milliseconds(const std::function<void()>& body) {
+  static cudaEvent_t begin = nullptr, end = nullptr;
+  if (begin == nullptr) {
+    CHECK(cudaEventCreate(&begin));
+    CHECK(cudaEventCreate(&end));
+  }
+  CHECK(cudaEventRecord(begin));
+  body();
+  CHECK(cudaEventRecord(end));
+  CHECK(cudaEventSynchronize(end));
+  float taken = 0;
+  CHECK(cudaEventElapsedTime(&taken, begin, end));
+  return taken;
+}
+
+void time(const Case& c, int rounds) {
+  Data data(c);
+  const Logits& p = data.logits;
+  const int64_t slab = std::min<int64_t>(33 * kTileColumns, c.vocab);
+  const int64_t stride = (std::max(slab, c.vocab) + 7) / 8 * 8;
+  auto* z = allocate<__nv_bfloat16>(c.rows * stride);
+  cublasHandle_t blas;
+  CHECK(cublasCreate(&blas));
+  const float one = 1, zero = 0;
+  const auto gemm = [&](int64_t vocab) {
+    CHECK(cublasGemmEx(blas, CUBLAS_OP_T, CUBLAS_OP_N, vocab, c.rows, c.dim, &one, p.weight,
+                       CUDA_R_16BF, p.weight_stride, p.hidden, CUDA_R_16BF, p.hidden_stride, &zero,
+                       z, CUDA_R_16BF, stride, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+  };
+  Logits part = p;
+  part.vocab = slab;
+  cudaDeviceProp properties;
+  CHECK(cudaGetDeviceProperties(&properties, 0));
+  part.schedule = schedule(c.rows, slab, c.dim, p.schedule.clusters, properties.l2CacheSize);
+  LogitGradient g{.lse = data.lse,
+                  .factor = data.factor,
+                  .at_target = data.at_target,
+                  .out = z,
+                  .out_stride = slab};
+  struct Timed {
+    const char* name;
+    std::function<void()> body;
+    double flop;
+    std::vector<double> taken;
+  };
+  const double flop = 2.0 * c.rows * c.dim * c.vocab;
+  Timed all[] = {{"cuBLAS logits", [&] { gemm(c.vocab); }, flop, {}},
+                 {"forward", [&] { data.forward(); }, flop, {}},
+                 {"cuBLAS slab", [&] { gemm(slab); }, flop * slab / c.vocab, {}},
+                 {"gradient slab",
+                  [&] {
+                    CHECK(logit_gradient(part, g, reinterpret_cast<float*>(data.partials),
+                                         data.rounding, nullptr));
+                  },
+                  flop * slab / c.vocab,
+                  {}}};
+  for (double soak = 0; soak < 1000;) {
+    for (auto& timed : all) soak += milliseconds(timed.body);
+  }
+  for (int round = 0; round < rounds; ++round) {
+    for (auto& timed : all) timed.taken.push_back(milliseconds(timed.body));
+    for (int i = 3; i >= 0; --i) all[i].taken.push_back(milliseconds(all[i].body));
+  }
+  std::printf("N %ld D %ld V %ld\n", c.rows, c.dim, c.vocab);
+  for (auto& timed : all) {
+    std::sort(timed.taken.begin(), timed.taken.end());
+    const double ms = timed.taken[timed.taken.size() / 2];
+    std::printf("  %-16s %8.3f ms %7.1f TFLOP/s\n", timed.name, ms, timed.flop / ms / 1e9);
+  }
+  cublasDestroy(blas);
+  cudaFree(z);
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  std::printf("%d clusters\n", clusters_of_device());
+  if (count >= 4) {
+    const Case c{std::atol(words[1]), std::atol(words[2]), std::atol(words[3])};
+    if (count > 4) {
+      time(c, std::atoi(words[4]));
+    } else {
+      check(c);
+    }
+    return failures > 0;
+  }
+  for (const Case& c :
+       {Case{256, 64, 192}, Case{1, 8, 1}, Case{1, 8, 2}, Case{129, 72, 7}, Case{130, 128, 193},
+        Case{1000, 200, 1000}, Case{517, 2304, 5003, true}, Case{300, 256, 3000, false, -0.7f},
+        Case{300, 256, 3000, true, 0.5f, 3}, Case{300, 256, 3000, false, 1, 0, 1},
+        Case{4097, 320, 20000}, Case{8191, 256, 50257}}) {
+    check(c);
+  }
+  for (const Case& c : {Case{8192, 2304, 256000}, Case{8192, 4096, 128256}, Case{8192, 2048, 32768},
+                        Case{16384, 768, 50304}, Case{8191, 2304, 256003}}) {
+    time(c, 5);
+  }
+  return failures > 0;
+}

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/kernels/cce/cce_fused.h>
+#include <ounce/kernels/common/implementation.h>
+
+namespace ounce::fused {
+
+std::string why_not(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                    const LinearCrossEntropyOptions&) {
+  return kNotBuilt;
+}
+
+reference::ForwardRows linear_cross_entropy_rows(const at::Tensor&, const at::Tensor&,
+                                                 const std::optional<at::Tensor>&,
+                                                 const reference::Tokens&,
+                                                 const LinearCrossEntropyOptions&) {
+  fail(Fault::kProblem, "[linear_cross_entropy] the fused path is not built");
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_rows_backward(
+    const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+    const std::optional<at::Tensor>&, const reference::Tokens&, const at::Tensor&,
+    const at::Tensor&, const LinearCrossEntropyOptions&, std::array<bool, 3>) {
+  fail(Fault::kProblem, "[linear_cross_entropy] the fused path is not built");
+}
+
+}  // namespace ounce::fused

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: MIT
+// The device code of the family: what its launches take. No Torch here. Pointers are of the device;
+// all matrices have their rows contiguous.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <ounce/kernels/cce/cce_plan.h>
+
+#include <cstdint>
+
+namespace ounce::cce {
+
+// What every pass over the logits z [N, V] of a classifier, or of a slab of it, needs:
+// u = scale (x C^T + bias), z = softcap tanh(u / softcap).
+struct Logits {
+  const void* hidden = nullptr;  // [rows, dim] bf16, 16-byte aligned
+  const void* weight = nullptr;  // [vocab, dim] bf16, 16-byte aligned
+  int64_t rows = 0, vocab = 0, dim = 0;
+  int64_t hidden_stride = 0, weight_stride = 0;  // elements, multiples of 8
+  const float* bias = nullptr;                   // [vocab] or null
+  float scale = 1, softcap = 0;
+  const int* target = nullptr;  // [rows], counted from this slab's first entry
+  Schedule schedule;
+};
+
+// Largest logit and sum of exponentials relative to it, both in powers of two.
+struct Partial {
+  float largest, sum;
+};
+
+// Adds every row's entries but the target to sums [rows], which start as {-inf, 0}; puts the
+// target's logit into target_logit [rows] where this slab has it. Scratch: schedule.partials()
+// elements.
+cudaError_t add_exponentials(const Logits& logits, Partial* partials, Partial* sums,
+                             float* target_logit, cudaStream_t stream);
+
+// From the above: lse, and nll = lse - target's logit without cancellation; [rows].
+cudaError_t finish_rows(int64_t rows, const Partial* sums, const float* target_logit, float* lse,
+                        float* nll, cudaStream_t stream);
+
+// out [rows, vocab] bf16, `out_stride` elements (a multiple of 8) between rows, 16-byte aligned:
+// at_target_m at the target, factor_m exp(z - lse_m) (1 - (z / softcap)^2) elsewhere; 0 in rows
+// with factor 0, whose hidden state must be finite.
+struct LogitGradient {
+  const float* lse = nullptr;        // [rows]
+  const float* factor = nullptr;     // [rows]
+  const float* at_target = nullptr;  // [rows]
+  void* out = nullptr;
+  int64_t out_stride = 0;
+};
+// rounding [rows] += what rounding changed the row's sum by: with it the gradient of the hidden
+// state can be made right where the classifier's rows have much in common. Scratch as above.
+cudaError_t logit_gradient(const Logits& logits, const LogitGradient& gradient, float* partials,
+                           float* rounding, cudaStream_t stream);
+
+// Clusters of two blocks that the current device runs at a time; 0 where it is not a Hopper GPU.
+int clusters_of_device();
+
+}  // namespace ounce::cce

@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: MIT
+// The fused path against the composed formula in fp64, on the same bf16 inputs.
+#include <gtest/gtest.h>
+#include <ounce/core/autocast.h>
+#include <ounce/core/device.h>
+#include <torch/torch.h>
+
+#include <cmath>
+
+#include "kernels/cce_composed.h"
+#include "support/devices.h"
+#include "support/expect_error.h"
+#include "support/rms_error.h"
+
+namespace ounce {
+
+namespace {
+
+using at::Tensor;
+using cce_test::backward;
+using cce_test::CceCase;
+using cce_test::composed;
+using test::rms_error;
+
+class CceFused : public test::OnDevice {
+ protected:
+  CceCase random_case(const std::vector<int64_t>& shape, int64_t dim, int64_t vocab) const {
+    auto c = cce_test::random_case(shape, dim, vocab, false).on(device()).as(at::kBFloat16);
+    c.options.implementation("fused");
+    return c;
+  }
+};
+INSTANTIATE_TEST_SUITE_P(, CceFused, testing::Values(at::kCUDA),
+                         [](const auto&) { return "cuda"; });
+
+double one_rounding(const Tensor& exact) { return rms_error(exact.to(at::kBFloat16), exact); }
+
+// A gradient whose true value is 0 (V = 1) has no relative error.
+double relative_to(const Tensor& ours, const Tensor& exact) {
+  return exact.abs().max().item<double>() < 1e-12 ? ours.abs().max().item<double>()
+                                                  : rms_error(ours, exact);
+}
+
+void expect_close(CceCase c) {
+  auto ours = c.as(at::kBFloat16), exact = c.as(at::kDouble);
+  ours.options.return_lse(true).return_z_loss(true);
+  const auto out = ours.run();
+  const auto ref = composed(exact);
+  EXPECT_EQ(out.loss.sizes(), ref.loss.sizes());
+  EXPECT_LE(rms_error(out.loss, ref.loss), 1e-5);
+  EXPECT_LE(rms_error(out.lse, ref.lse), 1e-5);
+  EXPECT_LE(rms_error(out.z_loss, ref.z_loss), 1e-5);
+  backward(out.loss, out.lse);
+  backward(ref.loss, ref.lse);
+  const auto hidden = exact.hidden.grad(), weight = exact.weight.grad();
+  EXPECT_LE(relative_to(ours.hidden.grad(), hidden), 1.2 * one_rounding(hidden) + 1e-6);
+  EXPECT_LE(relative_to(ours.weight.grad(), weight), 2 * one_rounding(weight) + 1e-6);
+  if (!c.bias.defined()) return;
+  const auto bias = exact.bias.grad();
+  EXPECT_LE(relative_to(ours.bias.grad(), bias), 2 * one_rounding(bias) + 1e-6);
+}
+
+struct Shape {
+  int64_t tokens, vocab, dim;
+};
+const std::vector<Shape> kShapes = {{1, 1, 1},       {1, 2, 5},        {129, 7, 33},
+                                    {7, 1, 16},      {256, 512, 128},  {252, 507, 123},
+                                    {193, 517, 70},  {329, 123, 31},   {130, 193, 64},
+                                    {257, 384, 200}, {1000, 5003, 72}, {300, 20011, 256}};
+
+TEST_P(CceFused, EqualsComposedOnRaggedShapes) {
+  for (const auto& s : kShapes) {
+    SCOPED_TRACE(c10::str(s.tokens, " ", s.vocab, " ", s.dim));
+    expect_close(random_case({s.tokens}, s.dim, s.vocab));
+  }
+}
+
+TEST_P(CceFused, EqualsComposedForEachOptionAndReduction) {
+  const auto base = [&] { return random_case({3, 67}, 40, 1031); };
+  std::vector<CceCase> cases(9, base());
+  cases[0].options.label_smoothing(0.2);
+  cases[1].options.z_loss(0.1);
+  cases[2].options.softcap(2);
+  cases[3].options.logit_scale(-1.5);
+  cases[4].options.shift(2);
+  cases[5].token_weight = torch::rand({3, 67}, device());
+  cases[6].class_weight = torch::rand({1031}, device());
+  cases[7].bias = torch::randn({1031}, device());
+  cases[8].bias = torch::randn({1031}, device());
+  cases[8].class_weight = torch::rand({1031}, device());
+  cases[8].token_weight = torch::rand({3, 67}, device());
+  cases[8].options.shift(1).softcap(3).z_loss(1e-2).logit_scale(0.7);
+  for (size_t i = 0; i < cases.size(); ++i) {
+    for (const auto reduction : {Reduction::kNone, Reduction::kMean, Reduction::kSum}) {
+      for (const int64_t workspace : {int64_t{-1}, int64_t{0}, int64_t{1} << 18}) {
+        SCOPED_TRACE(c10::str("case ", i, " workspace ", workspace));
+        cases[i].options.reduction(reduction).workspace_bytes(workspace);
+        expect_close(cases[i].as(at::kBFloat16));
+      }
+    }
+  }
+}
+
+// Classifier rows that share a mean: what rounding takes from each of them adds up.
+TEST_P(CceFused, HiddenGradientIsRightWhereTheClassifiersRowsAreAlike) {
+  for (const double mean : {0.5, 2.0, 8.0}) {
+    auto c = random_case({512}, 128, 8000);
+    c.weight = (c.weight.detach() + torch::randn({128}, device()) * mean / std::sqrt(128.))
+                   .to(at::kBFloat16);
+    SCOPED_TRACE(mean);
+    expect_close(c.as(at::kBFloat16));
+  }
+}
+
+TEST_P(CceFused, LogitsFarApartAndOffsets) {
+  auto c = random_case({256}, 256, 3000);
+  for (const double spread : {4.0, 16.0}) {  // up to 300 nats between the target and the largest
+    auto wide = c;
+    wide.weight = c.weight.detach() * spread;
+    SCOPED_TRACE(spread);
+    expect_close(wide.as(at::kBFloat16));
+  }
+  // A common offset of 1000.
+  auto offset = c;
+  offset.hidden = c.hidden.detach().clone();
+  offset.weight = c.weight.detach().clone();
+  offset.hidden.select(1, 0).fill_(32);
+  offset.weight.select(1, 0).fill_(31.25);
+  offset.options.reduction(Reduction::kNone);
+  const auto ours = offset.run().loss;
+  const auto exact = composed(offset.as(at::kDouble)).loss;
+  EXPECT_LE((ours - exact).abs().max().item<double>(), 3e-3);
+  EXPECT_LE((ours.mean() - exact.mean()).abs().item<double>(),
+            1e-4 * exact.mean().item<double>() + 1e-4);
+}
+
+TEST_P(CceFused, ALossNearZeroKeepsItsPrecision) {
+  auto c = random_case({64}, 64, 500);
+  c.options.ignore_index(-1).reduction(Reduction::kNone);
+  c.target = torch::arange(64, torch::device(device()).dtype(at::kLong));
+  c.hidden = (c.weight.detach().narrow(0, 0, 64) * 24).to(at::kBFloat16);
+  auto ours = c.as(at::kBFloat16), exact = c.as(at::kDouble);
+  const auto loss = ours.run().loss, ref = composed(exact).loss;
+  EXPECT_LE(((loss - ref) / ref).abs().max().item<double>(), 1e-2);
+  loss.sum().backward();
+  ref.sum().backward();
+  EXPECT_LE(rms_error(ours.weight.grad(), exact.weight.grad()),
+            2 * one_rounding(exact.weight.grad()));
+}
+
+TEST_P(CceFused, RowsThatDoNotCountMayHoldAnything) {
+  auto c = random_case({300}, 64, 700);
+  const auto ignored = c.target == -100;
+  auto dirty = c;
+  dirty.hidden = c.hidden.detach().masked_fill(ignored.unsqueeze(1), NAN).requires_grad_();
+  auto clean = c.as(at::kBFloat16);
+  dirty.weight = c.weight.detach().clone().requires_grad_();
+  const auto a = clean.run().loss, b = dirty.run().loss;
+  EXPECT_TRUE(at::equal(a, b));
+  a.backward();
+  b.backward();
+  EXPECT_TRUE(at::equal(clean.weight.grad(), dirty.weight.grad()));
+  EXPECT_TRUE(at::equal(clean.hidden.grad(), dirty.hidden.grad()));
+  // None counts.
+  auto none = c.as(at::kBFloat16);
+  none.target = torch::full_like(c.target, -100);
+  const auto zero = none.run().loss;
+  zero.backward();
+  EXPECT_EQ(zero.item<float>(), 0);
+  EXPECT_EQ(none.weight.grad().abs().max().item<float>(), 0);
+  EXPECT_EQ(none.hidden.grad().abs().max().item<float>(), 0);
+  // One is outside the vocabulary.
+  auto outside = c.as(at::kBFloat16);
+  outside.target = c.target.clone();
+  outside.target[3] = 700;
+  EXPECT_TRUE(std::isnan(outside.run().loss.item<float>()));
+  outside.options.validate_targets(true);
+  EXPECT_OUNCE_ERROR(outside.run(), kUsage, "the first 700");
+}
+
+TEST_P(CceFused, IsDeterministicAndBackwardCanBeRepeated) {
+  auto c = random_case({700}, 136, 3001);
+  Tensor loss, hidden, weight;
+  for (int i = 0; i < 10; ++i) {
+    auto run = c.as(at::kBFloat16);
+    const auto out = run.run().loss;
+    out.backward({}, /*retain_graph=*/true);
+    const auto first = run.weight.grad().clone();
+    run.weight.mutable_grad().reset();
+    run.hidden.mutable_grad().reset();
+    out.backward();
+    EXPECT_TRUE(at::equal(first, run.weight.grad()));
+    if (i > 0) {
+      EXPECT_TRUE(at::equal(out, loss));
+      EXPECT_TRUE(at::equal(run.weight.grad(), weight));
+      EXPECT_TRUE(at::equal(run.hidden.grad(), hidden));
+    }
+    loss = out.detach();
+    hidden = run.hidden.grad();
+    weight = run.weight.grad();
+  }
+}
+
+TEST_P(CceFused, FrozenInputsAndStridesAndTargetTypes) {
+  auto c = random_case({200}, 64, 900);
+  auto whole = c.as(at::kBFloat16);
+  whole.run().loss.backward();
+  auto frozen_weight = c.as(at::kBFloat16);
+  frozen_weight.weight.requires_grad_(false);
+  frozen_weight.run().loss.backward();
+  EXPECT_TRUE(at::equal(frozen_weight.hidden.grad(), whole.hidden.grad()));
+  auto frozen_hidden = c.as(at::kBFloat16);
+  frozen_hidden.hidden.requires_grad_(false);
+  frozen_hidden.run().loss.backward();
+  EXPECT_TRUE(at::equal(frozen_hidden.weight.grad(), whole.weight.grad()));
+  // Transposed, and a byte offset that the copy engine does not take.
+  auto strided = c;
+  strided.hidden = c.hidden.detach().t().contiguous().t().requires_grad_();
+  auto memory = torch::zeros({900 * 64 + 1}, c.weight.options().requires_grad(false));
+  strided.weight = memory.narrow(0, 1, 900 * 64).view({900, 64}).copy_(c.weight.detach());
+  strided.weight.requires_grad_();
+  strided.target = c.target.to(at::kInt);
+  const auto loss = strided.run().loss;
+  EXPECT_TRUE(at::equal(loss, whole.run().loss));
+  loss.backward();
+  EXPECT_TRUE(at::equal(strided.hidden.grad(), whole.hidden.grad()));
+}
+
+TEST_P(CceFused, AWeightOf32BitsIsReadInSlabs) {
+  auto c = random_case({300}, 200, 70001);
+  c.weight = c.weight.detach().to(at::kFloat).requires_grad_();
+  c.options.workspace_bytes(1 << 20);
+  auto exact = c.as(at::kDouble);
+  const auto loss = c.run().loss, ref = composed(exact).loss;
+  // The products are those of the weight rounded to bf16.
+  EXPECT_LE(rms_error(loss, ref), 1e-3);
+  loss.backward();
+  ref.backward();
+  EXPECT_EQ(c.weight.grad().scalar_type(), at::kFloat);
+  EXPECT_LE(rms_error(c.weight.grad(), exact.weight.grad()), 6e-3);
+  EXPECT_LE(rms_error(c.hidden.grad(), exact.hidden.grad()), 6e-3);
+}
+
+TEST_P(CceFused, RefusesByNameWhatItDoesNotTake) {
+  auto c = random_case({8}, 16, 30);
+  auto half = c.as(at::kHalf);
+  EXPECT_OUNCE_ERROR(half.run(), kUsage, "hidden in Half");
+  auto filtered = c;
+  filtered.options.grad_mode(GradMode::kFilter);
+  EXPECT_OUNCE_ERROR(filtered.run(), kUsage, "a filter");
+}
+
+// Two gradients, the sum of the hidden one in fp32, a copy of the hidden state, and the workspace.
+TEST_P(CceFused, MemoryOfAFullSizedStepIsBounded) {
+  constexpr int64_t kTokens = 8192, kDim = 2304, kVocab = 256000;
+  CceCase c;
+  c.hidden = torch::randn({kTokens, kDim}, torch::device(device()).dtype(at::kBFloat16));
+  c.weight = torch::randn({kVocab, kDim}, c.hidden.options()) / 48;
+  c.hidden.requires_grad_();
+  c.weight.requires_grad_();
+  c.target = torch::randint(kVocab, {kTokens}, torch::device(device()).dtype(at::kLong));
+  c.options.implementation("fused");
+  c.run().loss.backward();  // what libraries keep is theirs
+  c.hidden.mutable_grad().reset();
+  c.weight.mutable_grad().reset();
+  const auto before = memory_use(device()).current;
+  reset_peak_memory(device());
+  const auto loss = c.run().loss;
+  const auto forward = memory_use(device()).peak - before;
+  reset_peak_memory(device());
+  loss.backward();
+  const auto extra = memory_use(device()).peak - before - 2 * kDim * (kTokens + kVocab);
+  EXPECT_LE(forward, int64_t{4} << 20);
+  EXPECT_GT(extra, int64_t{100} << 20);  // the count itself works
+  EXPECT_LE(extra, int64_t{240} << 20);
+}
+
+}  // namespace
+
+}  // namespace ounce
