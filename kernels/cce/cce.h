@@ -75,12 +75,14 @@ struct LinearCrossEntropyOptions {
   TORCH_ARG(bool, validate_targets) = false;
 
   // These change time, memory and rounding only.
-  TORCH_ARG(int64_t, workspace_bytes) = -1;  // -1: 128 MiB on a CPU, 512 MiB on a GPU
+  // -1: 128 MiB on a CPU and for the fused path, else 512 MiB.
+  TORCH_ARG(int64_t, workspace_bytes) = -1;
   TORCH_ARG(Recompute, recompute) = Recompute::kAuto;
   TORCH_ARG(bool, deterministic) = true;
   TORCH_ARG(at::ScalarType, accum) = at::kFloat;  // of the gradients; fp64 inputs use fp64
-  // auto | fused | reference. No fused path is built yet: "fused" throws, and "auto" is the
-  // reference, of which it warns once on a GPU (OUNCE_STRICT=1: throws).
+  // auto | fused | reference. Fused: bf16 hidden on a Hopper GPU, without filter, return_correct, or
+  // smoothing beside a softcap or class weights. "fused" throws where that does not fit; "auto"
+  // takes the reference, and on a GPU warns once for each reason (OUNCE_STRICT=1: throws).
   TORCH_ARG(std::string, implementation) = "auto";
 };
 
