@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <ounce/kernels/cce/cce_fused.h>
 #include <ounce/kernels/cce/cce_kernels.h>
@@ -75,13 +76,10 @@ class Slabs {
   int64_t entries_;
 };
 
-void check(cudaError_t error) {
-  TORCH_CHECK(error == cudaSuccess, "[linear_cross_entropy] CUDA: ", cudaGetErrorString(error));
-}
+int64_t cache_bytes() { return at::cuda::getCurrentDeviceProperties()->l2CacheSize; }
 
 cce::Schedule schedule(int64_t rows, int64_t vocab, int64_t dim) {
-  const auto cache = at::cuda::getCurrentDeviceProperties()->l2CacheSize;
-  return cce::schedule(rows, vocab, dim, clusters(), cache);
+  return cce::schedule(rows, vocab, dim, clusters(), cache_bytes());
 }
 
 // `target` [N] int32 counts from the slab's first entry.
@@ -155,8 +153,7 @@ struct Upstream {
 int64_t slab_entries(int64_t rows, int64_t vocab, int64_t dim, const LinearCrossEntropyOptions& o) {
   const auto workspace = o.workspace_bytes() >= 0 ? o.workspace_bytes() : kWorkspaceBytes;
   const auto most = std::max<int64_t>(1, workspace / (2 * rows) / cce::kTileColumns);
-  return cce::best_slab(rows, vocab, dim, static_cast<int>(most), clusters(),
-                        at::cuda::getCurrentDeviceProperties()->l2CacheSize);
+  return cce::best_slab(rows, vocab, dim, static_cast<int>(most), clusters(), cache_bytes());
 }
 
 }  // namespace
@@ -196,18 +193,18 @@ reference::ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Ten
     const auto in_slab = from == 0 ? target : target - from;
     const auto logits = logits_of(x, slab, slab_bias, in_slab, o);
     auto partials = at::empty({logits.schedule.partials(), 2}, fp32);
-    check(cce::add_exponentials(logits, static_cast<cce::Partial*>(partials.data_ptr()),
-                                static_cast<cce::Partial*>(sums.data_ptr()),
-                                target_logit.data_ptr<float>(), stream));
+    C10_CUDA_CHECK(cce::add_exponentials(logits, static_cast<cce::Partial*>(partials.data_ptr()),
+                                         static_cast<cce::Partial*>(sums.data_ptr()),
+                                         target_logit.data_ptr<float>(), stream));
     if (o.label_smoothing() == 0) return;
     const auto sum = column_sum(slab);
     columns = columns.defined() ? columns.add_(sum) : sum;
   });
   reference::ForwardRows out;
   auto lse = at::empty({rows}, fp32), nll = at::empty({rows}, fp32);
-  check(cce::finish_rows(rows, static_cast<const cce::Partial*>(sums.data_ptr()),
-                         target_logit.const_data_ptr<float>(), lse.data_ptr<float>(),
-                         nll.data_ptr<float>(), stream));
+  C10_CUDA_CHECK(cce::finish_rows(rows, static_cast<const cce::Partial*>(sums.data_ptr()),
+                                  target_logit.const_data_ptr<float>(), lse.data_ptr<float>(),
+                                  nll.data_ptr<float>(), stream));
   auto loss = nll * tokens.hit_weight * (1 - o.label_smoothing());
   if (o.label_smoothing() > 0) {
     auto logits = exact_product(columns.unsqueeze(0), x.t()).squeeze(0);
@@ -255,13 +252,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
     const auto in_slab = from == 0 ? target : target - from;
     const auto logits = logits_of(x, slab, slab_bias, in_slab, o);
     auto partials = at::empty({logits.schedule.partials()}, fp32);
-    check(cce::logit_gradient(logits,
-                              {.lse = lse.const_data_ptr<float>(),
-                               .factor = up.factor.const_data_ptr<float>(),
-                               .at_target = up.at_target.const_data_ptr<float>(),
-                               .out = dlogits.data_ptr(),
-                               .out_stride = dlogits.stride(0)},
-                              partials.data_ptr<float>(), rounding.data_ptr<float>(), stream));
+    C10_CUDA_CHECK(cce::logit_gradient(logits,
+                                       {.lse = lse.const_data_ptr<float>(),
+                                        .factor = up.factor.const_data_ptr<float>(),
+                                        .at_target = up.at_target.const_data_ptr<float>(),
+                                        .out = dlogits.data_ptr(),
+                                        .out_stride = dlogits.stride(0)},
+                                       partials.data_ptr<float>(), rounding.data_ptr<float>(),
+                                       stream));
     const auto d = dlogits.narrow(1, 0, entries);
     if (wanted[0]) {
       if (grad_x.defined()) {

@@ -19,6 +19,9 @@ constexpr int kLanes = 2;  // warpgroups of a block that take its tiles in turn
 
 struct Sweeps {
   int count = 0, pairs = 0, columns = 0;  // so many sweeps of this form, one after the other
+
+  // Partial sums of one: `columns` x kLanes rows of pairs * 256 elements.
+  constexpr int partials() const { return columns * kLanes * pairs * kPairRows; }
 };
 
 struct Schedule {
@@ -27,12 +30,9 @@ struct Schedule {
   int tiles = 0;  // along the vocabulary
   Sweeps forms[kForms];
 
-  // Partial sums: for every sweep, `columns` x kLanes rows of pairs * 256 elements.
   int64_t partials() const {
     int64_t sum = 0;
-    for (const auto& form : forms) {
-      sum += int64_t{form.count} * form.columns * kLanes * form.pairs * kPairRows;
-    }
+    for (const auto& form : forms) sum += int64_t{form.count} * form.partials();
     return sum;
   }
 

@@ -82,7 +82,7 @@ struct Walk {
  private:
   __device__ void leave() {
     first_pair += now().pairs;
-    partials += now().columns * kLanes * now().pairs * kPairRows;
+    partials += now().partials();
     if (++sweep == now().count) {
       sweep = 0;
       ++form;
@@ -180,7 +180,7 @@ __device__ float finish_logits(const Logits& p, const Lane& at, int first, Accum
   return plain ? p.scale : 1;
 }
 
-// Takes the targets out of the tile: kNothing stays. Calls f(half, h, row, column, z) in the thread
+// Takes the targets out of the tile: kNothing stays. Calls f(row, z) in the thread
 // that has one. Selections instead of branches keep the tile in registers.
 template <class F>
 __device__ void take_targets(const Logits& p, const Lane& at, int first_row, int first,
@@ -204,7 +204,7 @@ __device__ void take_targets(const Logits& p, const Lane& at, int first_row, int
           z = here ? kNothing : z;
         }
       }
-      f(half, h, row, target, logit);
+      f(row, logit);
     }
   }
 }
@@ -312,7 +312,8 @@ __device__ void stage_gradient(const Arguments& a, const Lane& at, int first_row
         pairs[i] = gradient_pair(z[0], z[1], factor[i & 1], lse[i & 1], k2, slope_of,
                                  rounding[half][i & 1]);
       }
-      ptx::store_matrices(place_of(out, row, (g + (at.lane >> 4)) * 8), pairs[0], pairs[1], pairs[2], pairs[3]);
+      ptx::store_matrices(place_of(out, row, (g + (at.lane >> 4)) * 8), pairs[0], pairs[1],
+                          pairs[2], pairs[3]);
     }
   }
 }
@@ -342,7 +343,8 @@ constexpr int kMultiplyTurn = 1, kOutTurn = 3, kStaged = 5;
 
 // One tile's products: D = X C^T, over stages in ring order from `position` on.
 template <Pass pass>
-__device__ void multiply_tile(Accumulators& d, Memory<pass> memory, int position, int depth_steps, uint32_t block) {
+__device__ void multiply_tile(Accumulators& d, Memory<pass> memory, int position, int depth_steps,
+                              uint32_t block) {
   const int thread = threadIdx.x % kGroup;
   int stage = position % memory.kStages, previous = 0;
   auto phase = static_cast<uint32_t>(position / memory.kStages) & 1;
@@ -417,10 +419,10 @@ __device__ void multiply(const Arguments& a, Memory<pass> memory, int depth_step
       const float k = finish_logits(p, at, first, d);
       if constexpr (pass == Pass::kSum) {
         take_targets(p, at, first_row, first, d,
-                     [&](int, int, int64_t row, int, float z) { a.target_logit[row] = z * k; });
+                     [&](int row, float z) { a.target_logit[row] = z * k; });
         running.add(d, k * kLog2e);
       } else {
-        take_targets(p, at, first_row, first, d, [](int, int, int64_t, int, float) {});
+        take_targets(p, at, first_row, first, d, [](int, float) {});
         ptx::named_wait(kOutTurn + turn, 2 * kGroup);
         stage_gradient(a, at, first_row, k, d, memory.out(), rounding);
         put_targets(a, at, first_row, first, memory.out(), rounding);
@@ -489,7 +491,7 @@ struct Parts {
     for (; pair >= schedule.forms[i].count * schedule.forms[i].pairs; ++i) {
       const Sweeps& form = schedule.forms[i];
       pair -= form.count * form.pairs;
-      first += int64_t{form.count} * form.columns * kLanes * form.pairs * kPairRows;
+      first += int64_t{form.count} * form.partials();
     }
     const Sweeps& form = schedule.forms[i];
     stride = int64_t{form.pairs} * kPairRows;
@@ -538,21 +540,23 @@ __global__ void add_up(const __grid_constant__ Schedule schedule, int64_t rows,
   sums[row] = sum;
 }
 
-bool make_arguments(const Logits& p, Arguments& a, cudaError_t& error) {
-  const auto type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  error = tma::make_map(&a.hidden, type, p.hidden, p.rows, p.dim, p.hidden_stride * 2, kTileRows);
-  if (error != cudaSuccess) return false;
-  error =
-      tma::make_map(&a.weight, type, p.weight, p.vocab, p.dim, p.weight_stride * 2, kHalfColumns);
-  a.logits = p;
-  return error == cudaSuccess;
+// `stride` elements from row to row.
+cudaError_t map_of(CUtensorMap* map, const void* data, int64_t rows, int64_t columns,
+                   int64_t stride, int box_rows) {
+  return tma::make_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, data, rows, columns, stride * 2,
+                       box_rows);
 }
 
 unsigned blocks_of(int64_t rows) { return static_cast<unsigned>((rows + kGroup - 1) / kGroup); }
 
 template <Pass pass>
-cudaError_t launch(const Arguments& a, cudaStream_t stream) {
+cudaError_t launch(Arguments& a, cudaStream_t stream) {
   constexpr int bytes = Memory<pass>::kBytes;
+  const Logits& p = a.logits;
+  auto error = map_of(&a.hidden, p.hidden, p.rows, p.dim, p.hidden_stride, kTileRows);
+  if (error != cudaSuccess) return error;
+  error = map_of(&a.weight, p.weight, p.vocab, p.dim, p.weight_stride, kHalfColumns);
+  if (error != cudaSuccess) return error;
   static const auto allowed = cudaFuncSetAttribute(
       pass_over_logits<pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (allowed != cudaSuccess) return allowed;
@@ -565,11 +569,10 @@ cudaError_t launch(const Arguments& a, cudaStream_t stream) {
 cudaError_t add_exponentials(const Logits& logits, Partial* partials, Partial* sums,
                              float* target_logit, cudaStream_t stream) {
   Arguments a;
-  cudaError_t error;
-  if (!make_arguments(logits, a, error)) return error;
+  a.logits = logits;
   a.partials = partials;
   a.target_logit = target_logit;
-  error = launch<Pass::kSum>(a, stream);
+  const auto error = launch<Pass::kSum>(a, stream);
   if (error != cudaSuccess) return error;
   merge<<<blocks_of(logits.rows), kGroup, 0, stream>>>(logits.schedule, logits.rows, partials,
                                                        sums);
@@ -579,11 +582,10 @@ cudaError_t add_exponentials(const Logits& logits, Partial* partials, Partial* s
 cudaError_t logit_gradient(const Logits& logits, const LogitGradient& gradient, float* partials,
                            float* rounding, cudaStream_t stream) {
   Arguments a;
-  cudaError_t error;
-  if (!make_arguments(logits, a, error)) return error;
-  error = tma::make_map(&a.out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, gradient.out, logits.rows,
-                        logits.vocab, gradient.out_stride * 2, kTileRows);
+  auto error =
+      map_of(&a.out, gradient.out, logits.rows, logits.vocab, gradient.out_stride, kTileRows);
   if (error != cudaSuccess) return error;
+  a.logits = logits;
   a.gradient = gradient;
   a.rounding = partials;
   error = launch<Pass::kGradient>(a, stream);

@@ -13,14 +13,9 @@ namespace ounce::tma {
 
 constexpr int kRowBytes = 128;  // of a box
 
-// The copy engine takes these only; others have to be copied into such a layout first.
-inline bool takes(const void* data, int64_t row_bytes) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_bytes % 16 == 0 &&
-         row_bytes < (int64_t{1} << 40);
-}
-
 // A matrix [rows, columns] of 16-bit elements, `row_bytes` apart, read or written in boxes of
-// box_rows x 64. Elements outside read as 0 and are not written. Data must be what takes() says.
+// box_rows x 64. Elements outside read as 0 and are not written. Data and row_bytes are multiples
+// of 16.
 inline cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const void* data,
                             int64_t rows, int64_t columns, int64_t row_bytes, int box_rows) {
   static const auto encode = [] {
@@ -39,12 +34,6 @@ inline cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const vo
                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-#ifdef __CUDACC__
-
-__device__ inline void prefetch(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // One thread calls these. `column` and `row` are of the box's first element.
@@ -79,7 +68,5 @@ __device__ inline void wait_stores_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 __device__ inline void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
-#endif
 
 }  // namespace ounce::tma

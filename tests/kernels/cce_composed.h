@@ -37,6 +37,13 @@ struct CceCase {
   }
 };
 
+struct Shape {
+  int64_t tokens, vocab, dim;
+};
+inline const std::vector<Shape> kRaggedShapes = {{1, 1, 1},      {1, 2, 5},       {129, 7, 33},
+                                                 {7, 1, 16},     {256, 512, 128}, {252, 507, 123},
+                                                 {193, 517, 70}, {329, 123, 31}};
+
 // Unit variance hidden and logits, a fifth of the targets ignored.
 inline CceCase random_case(std::vector<int64_t> shape, int64_t dim, int64_t vocab, bool all_options,
                            uint64_t seed = 1) {

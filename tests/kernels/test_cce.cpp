@@ -53,15 +53,8 @@ void expect_equal_fp64(const CceCase& c, double bound = 1e-12) {
   EXPECT_LE(rms_error(ours.bias.grad(), theirs.bias.grad()), bound);
 }
 
-struct Shape {
-  int64_t tokens, vocab, dim;
-};
-const std::vector<Shape> kShapes = {{1, 1, 1},      {1, 2, 5},       {129, 7, 33},
-                                    {7, 1, 16},     {256, 512, 128}, {252, 507, 123},
-                                    {193, 517, 70}, {329, 123, 31}};
-
 TEST_P(Cce, EqualsComposedOnRaggedShapes) {
-  for (const auto& s : kShapes) {
+  for (const auto& s : cce_test::kRaggedShapes) {
     for (const bool all_options : {false, true}) {
       SCOPED_TRACE(c10::str(s.tokens, " ", s.vocab, " ", s.dim, " ", all_options));
       expect_equal_fp64(random_case({s.tokens}, s.dim, s.vocab, all_options));
