@@ -48,8 +48,14 @@ enum class GradMode {
   kFilter,        // the hidden state's, the weight's and the bias's
 };
 
-// What backward keeps of forward: a matter of time and memory, not of the result.
-enum class Recompute { kAuto, kNever, kAlways };
+// How the gradients of a sum or a mean are made: a matter of time and memory.
+enum class Recompute {
+  kAuto,   // kNever where the fused path does it in three products, kAlways elsewhere
+  kNever,  // by forward, which holds them until backward
+  // By backward, from logits made again: a fourth product. Also with Reduction::kNone, and for the
+  // gradient of lse.
+  kAlways
+};
 
 struct LinearCrossEntropyOptions {
   TORCH_ARG(int64_t, ignore_index) = -100;
@@ -80,8 +86,8 @@ struct LinearCrossEntropyOptions {
   TORCH_ARG(Recompute, recompute) = Recompute::kAuto;
   TORCH_ARG(bool, deterministic) = true;
   TORCH_ARG(at::ScalarType, accum) = at::kFloat;  // of the gradients; fp64 inputs use fp64
-  // auto | fused | reference. Fused: bf16 hidden on a Hopper GPU, without filter, return_correct, or
-  // smoothing beside a softcap or class weights. "fused" throws where that does not fit; "auto"
+  // auto | fused | reference. Fused: bf16 hidden on a Hopper GPU, without filter, return_correct,
+  // or smoothing beside a softcap or class weights. "fused" throws where that does not fit; "auto"
   // takes the reference, and on a GPU warns once for each reason (OUNCE_STRICT=1: throws).
   TORCH_ARG(std::string, implementation) = "auto";
 };

@@ -4,7 +4,7 @@
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
-#include <ounce/kernels/cce/cce_kernels.h>
+#include <ounce/kernels/cce/cce_rows.h>
 
 #include <algorithm>
 #include <cmath>
@@ -126,6 +126,37 @@ __global__ void plain_gradient(Logits p, LogitGradient g, int64_t step, double* 
   }
 }
 
+// Squares of the error of e and of its value, and of the errors of the sums.
+__global__ void plain_exponentials(Logits p, Exponentials e, const AnchoredSum* got, int64_t step,
+                                   double* sums) {
+  const int64_t row = blockIdx.x * step;
+  if (row >= p.rows) return;
+  double error = 0, value = 0, sum = 0, rounded = 0;
+  for (int64_t j = threadIdx.x; j < p.vocab; j += 256) {
+    if (p.target[row] == j) continue;
+    const double z = logit(p, row, j), v = exp2(z * kLog2e - e.anchor[row]),
+                 slope = p.softcap > 0 ? 1 - z * z / p.softcap / p.softcap : 1;
+    const double made =
+        __bfloat162float(static_cast<const __nv_bfloat16*>(e.out)[row * e.out_stride + j]);
+    error += (v * slope - made) * (v * slope - made);
+    value += v * v * slope * slope;
+    sum += v;
+    rounded += made - v * slope;
+  }
+  error = over_block(error, false);
+  value = over_block(value, false);
+  sum = over_block(sum, false);
+  rounded = over_block(rounded, false);
+  if (threadIdx.x == 0) {
+    atomicAdd(sums, error);
+    atomicAdd(sums + 1, value);
+    if (p.vocab == 1) return;
+    const AnchoredSum& row_got = got[row];
+    atomicAdd(sums + 2, pow(row_got.sum / sum - 1, 2));
+    atomicAdd(sums + 3, pow((row_got.rounding - rounded) / sum, 2));
+  }
+}
+
 int failures = 0;
 void expect(bool good, const char* what, double value) {
   std::printf("  %s %s %.3g\n", good ? "ok  " : "FAIL", what, value);
@@ -141,7 +172,9 @@ struct Case {
 struct Data {
   Logits logits;
   Partial *partials, *sums;
-  float *target_logit, *lse, *nll, *factor, *at_target, *rounding;
+  AnchoredSum *anchored_partials, *anchored;
+  int* again;
+  float *anchor, *target_logit, *lse, *nll, *factor, *at_target, *rounding;
   int* target;
 
   explicit Data(const Case& c) {
@@ -169,7 +202,10 @@ struct Data {
         schedule(c.rows, c.vocab, c.dim, clusters_of_device(), properties.l2CacheSize);
     partials = allocate<Partial>(logits.schedule.partials());
     sums = allocate<Partial>(c.rows);
-    for (auto** rows : {&target_logit, &lse, &nll, &factor, &at_target, &rounding}) {
+    anchored_partials = allocate<AnchoredSum>(logits.schedule.partials());
+    anchored = allocate<AnchoredSum>(c.rows);
+    again = allocate<int>((c.rows + kPairRows - 1) / kPairRows);
+    for (auto** rows : {&anchor, &target_logit, &lse, &nll, &factor, &at_target, &rounding}) {
       *rows = allocate<float>(c.rows);
     }
     fill_with<<<64, 256>>>(factor, c.rows, 0.5f);
@@ -179,7 +215,9 @@ struct Data {
     for (const void* memory :
          {logits.hidden, logits.weight, static_cast<const void*>(logits.bias),
           static_cast<const void*>(target), static_cast<const void*>(partials),
-          static_cast<const void*>(sums), static_cast<const void*>(rounding),
+          static_cast<const void*>(sums), static_cast<const void*>(anchored_partials),
+          static_cast<const void*>(anchored), static_cast<const void*>(again),
+          static_cast<const void*>(anchor), static_cast<const void*>(rounding),
           static_cast<const void*>(target_logit), static_cast<const void*>(lse),
           static_cast<const void*>(nll), static_cast<const void*>(factor),
           static_cast<const void*>(at_target)}) {
@@ -193,6 +231,38 @@ struct Data {
   }
 };
 
+// Anchors by `nats` below each row's lse.
+__global__ void anchors_below(const float* lse, float nats, int64_t rows, float* anchor) {
+  for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) anchor[i] = (lse[i] - nats) * kLog2e;
+}
+
+// The exponentials with anchors far too low, so that they are made again, and with good ones.
+void check_exponentials(Data& data, const LogitGradient& out, int64_t step, double* plain) {
+  const Logits& p = data.logits;
+  const auto blocks = static_cast<unsigned>((p.rows + step - 1) / step);
+  Exponentials e{.anchor = data.anchor, .out = out.out, .out_stride = out.out_stride};
+  for (const float nats : {-2.f, 300.f}) {
+    CHECK(cudaMemset(e.out, 0xFF, p.rows * e.out_stride * 2));
+    anchors_below<<<1, 256>>>(data.lse, nats, p.rows, data.anchor);
+    fill_with<<<64, 256>>>(data.anchored, p.rows, AnchoredSum{-INFINITY, 0, 0});
+    for (int pass = 0; pass < 2; ++pass) {
+      e.only = pass == 0 ? nullptr : data.again;
+      CHECK(exponentials(p, e, data.anchored_partials, data.anchored, data.target_logit, nullptr));
+      if (pass == 1) break;
+      CHECK(find_overflow(p.rows, data.anchor, data.anchored, data.target_logit, data.again,
+                          nullptr));
+    }
+    CHECK(cudaMemset(plain, 0, 32));
+    plain_exponentials<<<blocks, 256>>>(p, e, data.anchored, step, plain);
+    double sums[4];
+    CHECK(cudaMemcpy(sums, plain, 32, cudaMemcpyDeviceToHost));
+    if (p.vocab > 1)
+      expect(std::sqrt(sums[0] / sums[1]) < 3e-3, "exponentials", std::sqrt(sums[0] / sums[1]));
+    expect(std::sqrt(sums[2] / blocks) < 3e-5, "sum", std::sqrt(sums[2] / blocks));
+    expect(std::sqrt(sums[3] / blocks) < 3e-5, "rounding", std::sqrt(sums[3] / blocks));
+  }
+}
+
 void check(const Case& c) {
   std::printf("N %ld D %ld V %ld%s scale %g softcap %g spread %g\n", c.rows, c.dim, c.vocab,
               c.bias ? " bias" : "", c.scale, c.softcap, c.spread);
@@ -201,7 +271,7 @@ void check(const Case& c) {
   CHECK(cudaDeviceSynchronize());
   const int64_t step = std::max<int64_t>(1, c.rows / 64);
   const auto blocks = static_cast<unsigned>((c.rows + step - 1) / step);
-  auto* plain = allocate<double>(2 * blocks + 2);
+  auto* plain = allocate<double>(2 * blocks + 4);
   plain_rows<<<blocks, 256>>>(data.logits, step, plain, plain + blocks);
   std::vector<double> expected(2 * blocks);
   std::vector<float> lse(c.rows), nll(c.rows);
@@ -234,6 +304,7 @@ void check(const Case& c) {
   CHECK(cudaMemcpy(sums, plain, 16, cudaMemcpyDeviceToHost));
   const double error = std::sqrt(sums[0] / sums[1]);
   expect(error < 3e-3, "gradient", error);
+  check_exponentials(data, g, step, plain);
   cudaFree(g.out);
   cudaFree(plain);
 }
@@ -284,7 +355,17 @@ void time(const Case& c, int rounds) {
     std::vector<double> taken;
   };
   const double flop = 2.0 * c.rows * c.dim * c.vocab;
+  Exponentials e{.anchor = data.anchor, .out = z, .out_stride = stride};
+  data.forward();
+  anchors_below<<<1, 256>>>(data.lse, 0, c.rows, data.anchor);
   Timed all[] = {{"cuBLAS logits", [&] { gemm(c.vocab); }, flop, {}},
+                 {"exponentials",
+                  [&] {
+                    CHECK(exponentials(p, e, data.anchored_partials, data.anchored,
+                                       data.target_logit, nullptr));
+                  },
+                  flop,
+                  {}},
                  {"forward", [&] { data.forward(); }, flop, {}},
                  {"cuBLAS slab", [&] { gemm(slab); }, flop * slab / c.vocab, {}},
                  {"gradient slab",
@@ -299,7 +380,7 @@ void time(const Case& c, int rounds) {
   }
   for (int round = 0; round < rounds; ++round) {
     for (auto& timed : all) timed.taken.push_back(milliseconds(timed.body));
-    for (int i = 3; i >= 0; --i) all[i].taken.push_back(milliseconds(all[i].body));
+    for (int i = 4; i >= 0; --i) all[i].taken.push_back(milliseconds(all[i].body));
   }
   std::printf("N %ld D %ld V %ld\n", c.rows, c.dim, c.vocab);
   for (auto& timed : all) {

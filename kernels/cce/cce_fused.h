@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
-// linear_cross_entropy on Hopper, over cce_kernels.h. The logits exist in registers; backward makes
-// them again, a slab of the vocabulary at a time, as bf16 dloss/dlogits of all tokens. Inputs as in
-// cce_reference.h. cce_fused_cuda.cpp holds it, cce_fused_none.cpp stands in where it is not built.
+// linear_cross_entropy on Hopper, over cce_kernels.h. The logits exist in registers. Either forward
+// makes the gradients too, from bf16 exponentials of a chunk of tokens, or backward makes the
+// logits again, a slab of the vocabulary at a time, as bf16 dloss/dlogits of all tokens. Inputs as
+// in cce_reference.h. cce_fused_cuda.cpp holds it, cce_fused_none.cpp stands in where it is not
+// built.
 #pragma once
 
 #include <ounce/kernels/cce/cce_reference.h>
@@ -25,6 +27,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_rows_backwar
     const at::Tensor& grad_rows, const at::Tensor& grad_lse, const at::Tensor& hidden,
     const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const reference::Tokens& tokens, const at::Tensor& lse, const at::Tensor& nll,
-    const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted);
+    const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted,
+    at::ScalarType hidden_type);
+
+// Whether forward should make the gradients: the types and options fit, and the workspace holds the
+// exponentials of 256 tokens.
+bool keeps_exponentials(const at::Tensor& hidden, const at::Tensor& weight, bool has_bias,
+                        const LinearCrossEntropyOptions& options);
+
+// Forward and the gradients of hidden, in fp32, and weight, each an empty [0] tensor where `wanted`
+// is false: three products of 2NDV FLOP.
+std::tuple<reference::ForwardRows, at::Tensor, at::Tensor> linear_cross_entropy_rows_with_gradients(
+    const at::Tensor& grad_rows, const at::Tensor& hidden, const at::Tensor& weight,
+    const reference::Tokens& tokens, const LinearCrossEntropyOptions& options,
+    std::array<bool, 2> wanted);
+
+// gradient *= factor, a scalar; contiguous fp32 or bf16, factor fp32.
+void scale_gradient(at::Tensor& gradient, const at::Tensor& factor);
 
 }  // namespace ounce::fused

@@ -9,6 +9,21 @@ std::string why_not(const at::Tensor&, const at::Tensor&, const std::optional<at
   return kNotBuilt;
 }
 
+bool keeps_exponentials(const at::Tensor&, const at::Tensor&, bool,
+                        const LinearCrossEntropyOptions&) {
+  return false;
+}
+
+std::tuple<reference::ForwardRows, at::Tensor, at::Tensor> linear_cross_entropy_rows_with_gradients(
+    const at::Tensor&, const at::Tensor&, const at::Tensor&, const reference::Tokens&,
+    const LinearCrossEntropyOptions&, std::array<bool, 2>) {
+  fail(Fault::kProblem, "[linear_cross_entropy] the fused path is not built");
+}
+
+void scale_gradient(at::Tensor&, const at::Tensor&) {
+  fail(Fault::kProblem, "[linear_cross_entropy] the fused path is not built");
+}
+
 reference::ForwardRows linear_cross_entropy_rows(const at::Tensor&, const at::Tensor&,
                                                  const std::optional<at::Tensor>&,
                                                  const reference::Tokens&,
@@ -19,7 +34,7 @@ reference::ForwardRows linear_cross_entropy_rows(const at::Tensor&, const at::Te
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_rows_backward(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
     const std::optional<at::Tensor>&, const reference::Tokens&, const at::Tensor&,
-    const at::Tensor&, const LinearCrossEntropyOptions&, std::array<bool, 3>) {
+    const at::Tensor&, const LinearCrossEntropyOptions&, std::array<bool, 3>, at::ScalarType) {
   fail(Fault::kProblem, "[linear_cross_entropy] the fused path is not built");
 }
 

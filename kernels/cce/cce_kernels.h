@@ -34,10 +34,6 @@ struct Partial {
 cudaError_t add_exponentials(const Logits& logits, Partial* partials, Partial* sums,
                              float* target_logit, cudaStream_t stream);
 
-// From the above: lse, and nll = lse - target's logit without cancellation; [rows].
-cudaError_t finish_rows(int64_t rows, const Partial* sums, const float* target_logit, float* lse,
-                        float* nll, cudaStream_t stream);
-
 // out [rows, vocab] bf16, `out_stride` elements (a multiple of 8) between rows, 16-byte aligned:
 // at_target_m at the target, factor_m exp(z - lse_m) (1 - (z / softcap)^2) elsewhere; 0 in rows
 // with factor 0, whose hidden state must be finite.
@@ -52,6 +48,28 @@ struct LogitGradient {
 // state can be made right where the classifier's rows have much in common. Scratch as above.
 cudaError_t logit_gradient(const Logits& logits, const LogitGradient& gradient, float* partials,
                            float* rounding, cudaStream_t stream);
+
+// Of a row's exponentials 2^(z - anchor), z in powers of two, without the target's: their sum, and
+// what rounding to bf16 changed of the sum of what is made of them; where the sum is very large
+// (over 1e15 times 192), the largest logit, in powers of two.
+struct AnchoredSum {
+  float largest, sum, rounding;
+};
+
+// out [rows, vocab] bf16 as above: 2^(z - anchor_m) (1 - (z / softcap)^2), 0 at the target. A row
+// with anchor +inf is 0; its hidden state must be finite.
+struct Exponentials {
+  const float* anchor = nullptr;  // [rows], z in powers of two
+  void* out = nullptr;
+  int64_t out_stride = 0;
+  // [pairs of tiles] or null: 0 leaves a pair's rows alone. All 0 costs a launch.
+  const int* only = nullptr;
+};
+// Adds to sums [rows], which start as {-inf, 0, 0}; target_logit as above. Scratch:
+// schedule.partials() elements.
+cudaError_t exponentials(const Logits& logits, const Exponentials& exponentials,
+                         AnchoredSum* partials, AnchoredSum* sums, float* target_logit,
+                         cudaStream_t stream);
 
 // Clusters of two blocks that the current device runs at a time; 0 where it is not a Hopper GPU.
 int clusters_of_device();

@@ -32,6 +32,11 @@ GradMode grad_mode(const std::string& name) {
   return name == "all" ? GradMode::kFilter : GradMode::kExact;
 }
 
+Recompute recompute(const std::string& name) {
+  if (name == "never") return Recompute::kNever;
+  return name == "always" ? Recompute::kAlways : Recompute::kAuto;
+}
+
 double head_flops(int64_t tokens, const Loss::Context& c) {
   return 2.0 * static_cast<double>(tokens) * static_cast<double>(c.dim) *
          static_cast<double>(c.vocab);
@@ -117,17 +122,21 @@ void register_cce() {
   registry<Loss>().add(
       {.name = "cce",
        .doc = "cross-entropy through the head without holding the logits of all tokens",
-       .defaults = std::string(kValueDefaults) +
-                   "filter = \"none\"        # none | hidden | all: gradients that leave out "
-                   "negligible probabilities; all starves rare tokens\n"
-                   "workspace_mib = -1     # memory for logits; -1 = automatic\n"
-                   "implementation = \"auto\"  # auto | fused | reference\n"},
+       .defaults =
+           std::string(kValueDefaults) +
+           "filter = \"none\"        # none | hidden | all: gradients that leave out "
+           "negligible probabilities; all starves rare tokens\n"
+           "workspace_mib = -1     # memory for logits; -1 = automatic\n"
+           "recompute = \"auto\"     # auto | never | always: whether backward makes the logits "
+           "again, instead of keeping gradients from forward on\n"
+           "implementation = \"auto\"  # auto | fused | reference\n"},
       [](const Options& o, const Loss::Context& c) -> std::shared_ptr<Loss> {
         const auto mib = o.integer("workspace_mib");
         auto options =
             value_options(o)
                 .grad_mode(grad_mode(o.choice("filter", {"none", "hidden", "all"})))
                 .workspace_bytes(mib < 0 ? -1 : mib << 20)
+                .recompute(recompute(o.choice("recompute", {"auto", "never", "always"})))
                 .implementation(o.choice("implementation", {"auto", "fused", "reference"}));
         return std::make_shared<CceLoss>(std::move(options), c);
       });

@@ -7,6 +7,7 @@
 #include <ounce/kernels/cce/cce_fused.h>
 #include <ounce/kernels/cce/cce_reference.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -27,14 +28,18 @@ using detail::kReductions;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// loss, lse, z_loss, n_valid, correct, dropped_mass, nll; those without a value are empty [0]
-// tensors.
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// loss, lse, z_loss, n_valid, correct, dropped_mass, nll, and the loss's gradients of hidden (not
+// yet rounded to 16 bits), weight and bias; those without a value are empty [0] tensors.
+using Outputs =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+using Wanted = std::array<bool, 3>;  // of the gradients
+
+bool any(const Wanted& wanted) { return wanted[0] || wanted[1] || wanted[2]; }
 
 // What backward takes from forward, per token.
 struct Saved {
-  const Tensor &lse, &nll;
+  const Tensor lse, nll;
 };
 
 // --- CPU and CUDA -------------------------------------------------------------------------------
@@ -76,16 +81,58 @@ bool is_fused(const Tensor& hidden, const Inputs& in, const CceOptions& o) {
                      fused::why_not(hidden, in.weight, in.class_weight, o));
 }
 
-Outputs forward_kernel(const Inputs& in, const CceOptions& o) {
+Gradients backward_rows(bool fused, const Tensor& grad_rows, const Tensor& grad_lse,
+                        const Tensor& hidden, const Inputs& in, const reference::Tokens& tokens,
+                        const Saved& saved, const CceOptions& o, Wanted wanted,
+                        at::ScalarType hidden_type) {
+  if (fused) {
+    return fused::linear_cross_entropy_rows_backward(grad_rows, grad_lse, hidden, in.weight,
+                                                     in.bias, tokens, saved.lse, saved.nll, o,
+                                                     wanted, hidden_type);
+  }
+  return reference::linear_cross_entropy_rows_backward(grad_rows, grad_lse, hidden, in.weight,
+                                                       in.bias, in.class_weight, tokens, o, wanted,
+                                                       hidden_type);
+}
+
+// Upstream of the rows' losses, from that of the loss.
+Tensor upstream_of_rows(const Tensor& grad_loss, const reference::Tokens& tokens,
+                        const CceOptions& o) {
+  if (o.reduction() == Reduction::kMean) return grad_loss / tokens.denominator;
+  return o.reduction() == Reduction::kNone ? to_hidden_place(grad_loss, o.shift()) : grad_loss;
+}
+
+Outputs forward_kernel(const Inputs& in, const CceOptions& o, Wanted wanted) {
   check_inputs(in, o);
+  OUNCE_CHECK(!any(wanted) || o.reduction() != Reduction::kNone,
+              "[linear_cross_entropy] expected gradients of a scalar, got reduction = none; use "
+              "mean, sum or autograd");
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (o.validate_targets()) check_targets(in, o);
   const auto tokens = tokens_of(in, o);
   const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
-  const auto rows = is_fused(hidden, in, o)
-                        ? fused::linear_cross_entropy_rows(hidden, in.weight, in.bias, tokens, o)
-                        : reference::linear_cross_entropy_rows(hidden, in.weight, in.bias,
-                                                               in.class_weight, tokens, o);
+  const bool fused = is_fused(hidden, in, o);
+  const auto upstream = [&] {
+    return upstream_of_rows(at::ones({}, tokens.weight.options()), tokens, o);
+  };
+  reference::ForwardRows rows;
+  Tensor grad_hidden = at::empty({0}, tokens.weight.options());
+  Tensor grad_weight = at::empty({0}, in.weight.options());
+  Tensor grad_bias = at::empty({0}, in.weight.options());
+  if (any(wanted) && fused &&
+      fused::keeps_exponentials(hidden, in.weight, in.bias.has_value(), o)) {
+    std::tie(rows, grad_hidden, grad_weight) = fused::linear_cross_entropy_rows_with_gradients(
+        upstream(), hidden, in.weight, tokens, o, {wanted[0], wanted[1]});
+  } else {
+    rows = fused ? fused::linear_cross_entropy_rows(hidden, in.weight, in.bias, tokens, o)
+                 : reference::linear_cross_entropy_rows(hidden, in.weight, in.bias, in.class_weight,
+                                                        tokens, o);
+    if (any(wanted)) {
+      std::tie(grad_hidden, grad_weight, grad_bias) =
+          backward_rows(fused, upstream(), at::zeros({}, tokens.weight.options()), hidden, in,
+                        tokens, {rows.lse, rows.nll}, o, wanted, tokens.weight.scalar_type());
+    }
+  }
   const auto per_token = [&](const Tensor& t) { return to_target_place(t, in.target, o.shift()); };
   const auto reduce = [&](const Tensor& t) {
     if (o.reduction() == Reduction::kNone) return per_token(t);
@@ -100,39 +147,48 @@ Outputs forward_kernel(const Inputs& in, const CceOptions& o) {
           tokens.counted.sum(),
           o.return_correct() ? per_token(rows.correct) : rows.correct,
           o.grad_mode() == GradMode::kExact ? rows.dropped_mass : per_token(rows.dropped_mass),
-          per_token(rows.nll)};
+          per_token(rows.nll),
+          wanted[0] ? grad_hidden.view(in.hidden.sizes()) : grad_hidden,
+          grad_weight,
+          grad_bias};
 }
 
 Gradients backward_kernel(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
                           const Inputs& in, const Saved& saved, const CceOptions& o,
-                          std::array<bool, 3> wanted) {
+                          Wanted wanted) {
   check_inputs(in, o);
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto tokens = tokens_of(in, o);
   const auto zero = at::zeros({}, tokens.weight.options());
-  Tensor grad_rows = grad_loss ? *grad_loss : zero;
-  if (grad_loss && o.reduction() == Reduction::kNone) {
-    grad_rows = to_hidden_place(grad_rows, o.shift());
-  } else if (o.reduction() == Reduction::kMean) {
-    grad_rows = grad_rows / tokens.denominator;
-  }
-  const auto lse_rows = grad_lse ? to_hidden_place(*grad_lse, o.shift()) : zero;
   const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
-  auto [grad_hidden, grad_weight, grad_bias] =
-      is_fused(hidden, in, o) ? fused::linear_cross_entropy_rows_backward(
-                                    grad_rows, lse_rows, hidden, in.weight, in.bias, tokens,
-                                    to_hidden_place(saved.lse, o.shift()),
-                                    to_hidden_place(saved.nll, o.shift()), o, wanted)
-                              : reference::linear_cross_entropy_rows_backward(
-                                    grad_rows, lse_rows, hidden, in.weight, in.bias,
-                                    in.class_weight, tokens, o, wanted);
+  auto [grad_hidden, grad_weight, grad_bias] = backward_rows(
+      is_fused(hidden, in, o), grad_loss ? upstream_of_rows(*grad_loss, tokens, o) : zero,
+      grad_lse ? to_hidden_place(*grad_lse, o.shift()) : zero, hidden, in, tokens,
+      {to_hidden_place(saved.lse, o.shift()), to_hidden_place(saved.nll, o.shift())}, o, wanted,
+      hidden.scalar_type());
   if (wanted[0]) grad_hidden = grad_hidden.view(in.hidden.sizes());
   return {grad_hidden, grad_weight, grad_bias};
 }
 
+void scale_kernel(const Tensor& gradient, const Tensor& factor) {
+  auto in_place = gradient;
+  const bool ours =
+      gradient.is_cuda() && gradient.is_contiguous() &&
+      (gradient.scalar_type() == at::kFloat || gradient.scalar_type() == at::kBFloat16);
+  if (ours && factor.scalar_type() == at::kFloat) {
+    fused::scale_gradient(in_place, factor);
+  } else {
+    in_place.mul_(factor);
+  }
+}
+
 // --- Meta ---------------------------------------------------------------------------------------
 
-Outputs forward_meta(const Inputs& in, const CceOptions& o) {
+Tensor like(bool full, const Tensor& t) {
+  return full ? at::empty_symint(t.sym_sizes(), t.options()) : at::empty({0}, t.options());
+}
+
+Outputs forward_meta(const Inputs& in, const CceOptions& o, Wanted wanted) {
   const auto compute = in.hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto options = in.hidden.options().dtype(compute);
   const auto per_token = [&](at::ScalarType type, bool full) {
@@ -148,21 +204,23 @@ Outputs forward_meta(const Inputs& in, const CceOptions& o) {
           at::empty({}, options.dtype(at::kLong)),
           per_token(at::kBool, o.return_correct()),
           per_token(compute, o.grad_mode() != GradMode::kExact),
-          per_token(compute, true)};
+          per_token(compute, true),
+          like(wanted[0], in.hidden).to(compute),
+          like(wanted[1], in.weight),
+          wanted[2] ? like(true, *in.bias) : at::empty({0}, in.weight.options())};
 }
 
 Gradients backward_meta(const OptionalTensor&, const OptionalTensor&, const Inputs& in,
-                        const Saved&, const CceOptions&, std::array<bool, 3> wanted) {
-  const auto like = [](bool full, const Tensor& t) {
-    return full ? at::empty_symint(t.sym_sizes(), t.options()) : at::empty({0}, t.options());
-  };
+                        const Saved&, const CceOptions&, Wanted wanted) {
   return {like(wanted[0], in.hidden), like(wanted[1], in.weight),
           wanted[2] ? like(true, *in.bias) : at::empty({0}, in.weight.options())};
 }
 
+void scale_meta(const Tensor&, const Tensor&) {}
+
 // --- the dispatcher: options as single arguments, and back --------------------------------------
 
-template <Outputs (*kernel)(const Inputs&, const CceOptions&)>
+template <Outputs (*kernel)(const Inputs&, const CceOptions&, Wanted)>
 Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                       const OptionalTensor& bias, const OptionalTensor& token_weight,
                       const OptionalTensor& class_weight, int64_t ignore_index,
@@ -171,7 +229,7 @@ Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& 
                       c10::string_view grad_mode, std::optional<double> filter_eps,
                       bool return_correct, bool validate_targets, int64_t workspace_bytes,
                       c10::string_view recompute, bool deterministic, at::ScalarType accum,
-                      c10::string_view implementation) {
+                      c10::string_view implementation, Wanted gradients) {
   const auto options = CceOptions()
                            .ignore_index(ignore_index)
                            .reduction(kReductions.parse(reduction))
@@ -190,11 +248,11 @@ Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& 
                            .deterministic(deterministic)
                            .accum(accum)
                            .implementation(std::string(implementation));
-  return kernel({hidden, weight, target, bias, token_weight, class_weight}, options);
+  return kernel({hidden, weight, target, bias, token_weight, class_weight}, options, gradients);
 }
 
 template <Gradients (*kernel)(const OptionalTensor&, const OptionalTensor&, const Inputs&,
-                              const Saved&, const CceOptions&, std::array<bool, 3>)>
+                              const Saved&, const CceOptions&, Wanted)>
 Gradients backward_entry(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
                          const Tensor& hidden, const Tensor& weight, const Tensor& target,
                          const OptionalTensor& bias, const OptionalTensor& token_weight,
@@ -203,7 +261,7 @@ Gradients backward_entry(const OptionalTensor& grad_loss, const OptionalTensor& 
                          double label_smoothing, double z_loss, double softcap, double logit_scale,
                          c10::string_view grad_mode, std::optional<double> filter_eps,
                          int64_t workspace_bytes, bool deterministic, at::ScalarType accum,
-                         c10::string_view implementation, std::array<bool, 3> wanted) {
+                         c10::string_view implementation, Wanted wanted) {
   const auto options = CceOptions()
                            .ignore_index(ignore_index)
                            .reduction(kReductions.parse(reduction))
@@ -222,7 +280,7 @@ Gradients backward_entry(const OptionalTensor& grad_loss, const OptionalTensor& 
                 {lse, nll}, options, wanted);
 }
 
-Outputs call_forward(const Inputs& in, const CceOptions& o) {
+Outputs call_forward(const Inputs& in, const CceOptions& o, Wanted wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ounce::linear_cross_entropy", "")
                              .typed<decltype(forward_entry<forward_kernel>)>();
@@ -231,12 +289,18 @@ Outputs call_forward(const Inputs& in, const CceOptions& o) {
                  o.label_smoothing(), o.z_loss(), o.softcap(), o.logit_scale(),
                  kGradModes.text(o.grad_mode()), o.filter_eps(), o.return_correct(),
                  o.validate_targets(), o.workspace_bytes(), kRecomputes.text(o.recompute()),
-                 o.deterministic(), o.accum(), o.implementation());
+                 o.deterministic(), o.accum(), o.implementation(), wanted);
+}
+
+void call_scale(const Tensor& gradient, const Tensor& factor) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ounce::scale_gradient_", "")
+                             .typed<decltype(scale_kernel)>();
+  op.call(gradient, factor);
 }
 
 Gradients call_backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                        const Inputs& in, const Saved& saved, const CceOptions& o,
-                        std::array<bool, 3> wanted) {
+                        const Inputs& in, const Saved& saved, const CceOptions& o, Wanted wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ounce::linear_cross_entropy_backward", "")
                              .typed<decltype(backward_entry<backward_kernel>)>();
@@ -258,41 +322,91 @@ OptionalTensor when_defined(const Tensor& t) {
   return t.defined() ? OptionalTensor(t) : std::nullopt;
 }
 
+// Which of the gradients that backward will want forward makes at once.
+Wanted early_gradients(const Inputs& in, const CceOptions& o) {
+  if (!at::GradMode::is_enabled()) return {};
+  const Wanted wanted = {in.hidden.requires_grad(), in.weight.requires_grad(),
+                         in.bias && in.bias->requires_grad()};
+  if (!any(wanted)) return {};
+  if (o.reduction() == Reduction::kNone || o.recompute() == Recompute::kAlways) return {};
+  if (o.recompute() == Recompute::kNever) return wanted;
+  const bool fused = o.implementation() != "reference" &&
+                     fused::keeps_exponentials(in.hidden, in.weight, in.bias.has_value(), o);
+  return fused ? wanted : Wanted{};
+}
+
 class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& weight,
                                const Tensor& target, const OptionalTensor& bias,
                                const OptionalTensor& token_weight,
-                               const OptionalTensor& class_weight, const CceOptions& options) {
+                               const OptionalTensor& class_weight, const CceOptions& options,
+                               Wanted asked, Wanted early) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, lse, z_loss, n_valid, correct, dropped_mass, nll] =
-        call_forward({hidden, weight, target, bias, token_weight, class_weight}, options);
-    ctx->save_for_backward({hidden, weight, target, bias.value_or(Tensor()),
-                            token_weight.value_or(Tensor()), class_weight.value_or(Tensor()), lse,
-                            nll});
+    const Inputs in{hidden, weight, target, bias, token_weight, class_weight};
+    auto [loss, lse, z_loss, n_valid, correct, dropped_mass, nll, grad_hidden, grad_weight,
+          grad_bias] = call_forward(in, options, any(early) ? early : asked);
+    variable_list saved = {hidden,
+                           weight,
+                           target,
+                           bias.value_or(Tensor()),
+                           token_weight.value_or(Tensor()),
+                           class_weight.value_or(Tensor()),
+                           lse,
+                           nll};
+    ctx->saved_data["early"] = any(early);
+    if (any(early)) {
+      saved.insert(saved.end(), {grad_hidden, grad_weight, grad_bias});
+      for (auto* t : {&grad_hidden, &grad_weight, &grad_bias}) *t = at::empty({0}, t->options());
+    }
+    ctx->save_for_backward(saved);
     ctx->saved_data["options"] =
         c10::IValue::make_capsule(c10::make_intrusive<SavedOptions>(options));
-    ctx->mark_non_differentiable({z_loss, n_valid, correct, dropped_mass, nll});
+    ctx->mark_non_differentiable(
+        {z_loss, n_valid, correct, dropped_mass, nll, grad_hidden, grad_weight, grad_bias});
     ctx->set_materialize_grads(false);
-    return {loss, lse, z_loss, n_valid, correct, dropped_mass, nll};
+    return {loss,         lse, z_loss,      n_valid,     correct,
+            dropped_mass, nll, grad_hidden, grad_weight, grad_bias};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list out(7);
+    variable_list out(9);
     if (!grads[0].defined() && !grads[1].defined()) return out;
     const auto saved = ctx->get_saved_variables();
     const auto bias = when_defined(saved[3]), token_weight = when_defined(saved[4]),
                class_weight = when_defined(saved[5]);
     const auto held = ctx->saved_data["options"].toCapsule();
     const auto& options = static_cast<const SavedOptions&>(*held).options;
-    const std::array<bool, 3> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                        bias && ctx->needs_input_grad(3)};
-    auto [grad_hidden, grad_weight, grad_bias] =
-        call_backward(when_defined(grads[0]), when_defined(grads[1]),
-                      {saved[0], saved[1], saved[2], bias, token_weight, class_weight},
-                      {saved[6], saved[7]}, options, wanted);
-    if (wanted[0]) out[0] = grad_hidden;
-    if (wanted[1]) out[1] = grad_weight;
-    if (wanted[2]) out[3] = grad_bias;
+    const Wanted wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                           bias && ctx->needs_input_grad(3)};
+    // A graph of this backward leads to BackwardFunction, which refuses a second derivative.
+    const bool early =
+        grads[0].defined() && ctx->saved_data["early"].toBool() && !at::GradMode::is_enabled();
+    if (!early || grads[1].defined()) {
+      auto [grad_hidden, grad_weight, grad_bias] =
+          call_backward(early ? std::nullopt : when_defined(grads[0]), when_defined(grads[1]),
+                        {saved[0], saved[1], saved[2], bias, token_weight, class_weight},
+                        {saved[6], saved[7]}, options, wanted);
+      if (wanted[0]) out[0] = grad_hidden;
+      if (wanted[1]) out[1] = grad_weight;
+      if (wanted[2]) out[3] = grad_bias;
+    }
+    if (!early) return out;
+    const auto put = [&](int place, const Tensor& gradient) {
+      out[place] = out[place].defined() ? out[place].add_(gradient) : gradient;
+    };
+    if (wanted[0]) {
+      auto rounded = at::empty_like(saved[0]);
+      put(0, at::mul_out(rounded, saved[8], grads[0]));
+    }
+    // Nobody needs these again unless the graph is kept.
+    const bool keep = torch::autograd::get_current_graph_task_keep_graph();
+    const auto scaled = [&](const Tensor& gradient) {
+      if (keep) return gradient * grads[0].to(gradient.scalar_type());
+      call_scale(gradient, grads[0]);
+      return gradient;
+    };
+    if (wanted[1]) put(1, scaled(saved[9]));
+    if (wanted[2]) put(3, scaled(saved[10]));
     return out;
   }
 };
@@ -305,8 +419,7 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
                                const Tensor& weight, const Tensor& target,
                                const OptionalTensor& bias, const OptionalTensor& token_weight,
                                const OptionalTensor& class_weight, const Tensor& lse,
-                               const Tensor& nll, const CceOptions& options,
-                               std::array<bool, 3> wanted) {
+                               const Tensor& nll, const CceOptions& options, Wanted wanted) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [grad_hidden, grad_weight, grad_bias] = call_backward(
         grad_loss, grad_lse, {hidden, weight, target, bias, token_weight, class_weight}, {lse, nll},
@@ -319,7 +432,7 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
   }
 };
 
-Outputs forward_autograd(const Inputs& in, const CceOptions& o) {
+Outputs forward_autograd(const Inputs& in, const CceOptions& o, Wanted asked) {
   OUNCE_CHECK(
       !in.token_weight || !in.token_weight->requires_grad(),
       "[linear_cross_entropy] expected token_weight without gradient; detach it, or weigh the "
@@ -327,13 +440,14 @@ Outputs forward_autograd(const Inputs& in, const CceOptions& o) {
   OUNCE_CHECK(!in.class_weight || !in.class_weight->requires_grad(),
               "[linear_cross_entropy] expected class_weight without gradient; detach it");
   auto out = ForwardFunction::apply(in.hidden, in.weight, in.target, in.bias, in.token_weight,
-                                    in.class_weight, o);
-  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
+                                    in.class_weight, o, asked,
+                                    any(asked) ? Wanted{} : early_gradients(in, o));
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], out[9]};
 }
 
 Gradients backward_autograd(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
                             const Inputs& in, const Saved& saved, const CceOptions& o,
-                            std::array<bool, 3> wanted) {
+                            Wanted wanted) {
   auto out =
       BackwardFunction::apply(grad_loss, grad_lse, in.hidden, in.weight, in.target, in.bias,
                               in.token_weight, in.class_weight, saved.lse, saved.nll, o, wanted);
@@ -341,12 +455,13 @@ Gradients backward_autograd(const OptionalTensor& grad_loss, const OptionalTenso
 }
 
 // The hidden state is cast; the weight is read in slabs as it is.
-Outputs forward_autocast(const Inputs& in, const CceOptions& o) {
+Outputs forward_autocast(const Inputs& in, const CceOptions& o, Wanted wanted) {
   const auto device = in.hidden.device().type();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto hidden =
       at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), in.hidden, device);
-  return call_forward({hidden, in.weight, in.target, in.bias, in.token_weight, in.class_weight}, o);
+  return call_forward({hidden, in.weight, in.target, in.bias, in.token_weight, in.class_weight}, o,
+                      wanted);
 }
 
 }  // namespace
@@ -361,10 +476,14 @@ LinearCrossEntropyOutput linear_cross_entropy(const Tensor& hidden, const Tensor
   const auto drop_undefined = [](const OptionalTensor& t) {
     return t && t->defined() ? t : std::nullopt;
   };
-  auto [loss, lse, z_loss, n_valid, correct, dropped_mass, nll] =
-      call_forward({hidden, weight, target, drop_undefined(bias), drop_undefined(token_weight),
-                    drop_undefined(class_weight)},
-                   o);
+  const auto bias_ = drop_undefined(bias), token_weight_ = drop_undefined(token_weight),
+             class_weight_ = drop_undefined(class_weight);
+  auto options = o;
+  // Whoever asks for lse may differentiate it, which takes the logits again.
+  if (o.return_lse() && o.recompute() == Recompute::kAuto) options.recompute(Recompute::kAlways);
+  auto [loss, lse, z_loss, n_valid, correct, dropped_mass, nll, grad_hidden, grad_weight,
+        grad_bias] =
+      call_forward({hidden, weight, target, bias_, token_weight_, class_weight_}, options, {});
   LinearCrossEntropyOutput out;
   out.loss = std::move(loss);
   out.n_valid = std::move(n_valid);
@@ -384,8 +503,10 @@ TORCH_LIBRARY_FRAGMENT(ounce, m) {
       "float softcap=0., float logit_scale=1., str grad_mode='exact', float? filter_eps=None, "
       "bool return_correct=False, bool validate_targets=False, int workspace_bytes=-1, "
       "str recompute='auto', bool deterministic=True, ScalarType accum=float, "
-      "str implementation='auto') -> (Tensor loss, Tensor lse, Tensor z_loss, Tensor n_valid, "
-      "Tensor correct, Tensor dropped_mass, Tensor nll)");
+      "str implementation='auto', bool[3] gradients=[False, False, False]) -> "
+      "(Tensor loss, Tensor lse, Tensor z_loss, Tensor n_valid, Tensor correct, "
+      "Tensor dropped_mass, Tensor nll, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  m.def("scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()");
   m.def(
       "linear_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor hidden, "
       "Tensor weight, Tensor target, Tensor? bias, Tensor? token_weight, Tensor? class_weight, "
@@ -399,14 +520,17 @@ TORCH_LIBRARY_FRAGMENT(ounce, m) {
 TORCH_LIBRARY_IMPL(ounce, CPU, m) {
   m.impl("linear_cross_entropy", forward_entry<forward_kernel>);
   m.impl("linear_cross_entropy_backward", backward_entry<backward_kernel>);
+  m.impl("scale_gradient_", scale_kernel);
 }
 TORCH_LIBRARY_IMPL(ounce, CUDA, m) {
   m.impl("linear_cross_entropy", forward_entry<forward_kernel>);
   m.impl("linear_cross_entropy_backward", backward_entry<backward_kernel>);
+  m.impl("scale_gradient_", scale_kernel);
 }
 TORCH_LIBRARY_IMPL(ounce, Meta, m) {
   m.impl("linear_cross_entropy", forward_entry<forward_meta>);
   m.impl("linear_cross_entropy_backward", backward_entry<backward_meta>);
+  m.impl("scale_gradient_", scale_meta);
 }
 TORCH_LIBRARY_IMPL(ounce, Autograd, m) {
   m.impl("linear_cross_entropy", forward_entry<forward_autograd>);

@@ -337,14 +337,15 @@ ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
     const Tensor& grad_rows, const Tensor& grad_lse, const Tensor& hidden, const Tensor& weight,
     const OptionalTensor& bias, const OptionalTensor& class_weight, const Tokens& tokens,
-    const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted) {
+    const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted,
+    at::ScalarType hidden_type) {
   const auto compute = tokens.weight.scalar_type();
   const int64_t count = hidden.size(0), vocab = weight.size(0);
   const Classifier classifier(hidden, weight, compute, options);
   const Smoothing smoothing(options, class_weight, weight, compute);
   const auto sums = weight.options().dtype(compute);
-  Tensor grad_hidden = at::empty({0}, hidden.options());
-  if (wanted[0]) grad_hidden = at::empty(hidden.sizes(), hidden.options());
+  auto grad_hidden = at::empty(wanted[0] ? hidden.sizes() : at::IntArrayRef{0},
+                               hidden.options().dtype(hidden_type));
   Tensor grad_weight = wanted[1] ? at::zeros(weight.sizes(), sums) : at::empty({0}, sums);
   Tensor grad_bias = wanted[2] ? at::zeros({vocab}, sums) : at::empty({0}, sums);
   const auto ignored = tokens.counted.logical_not();

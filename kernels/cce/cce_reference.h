@@ -42,12 +42,13 @@ ForwardRows linear_cross_entropy_rows(const at::Tensor& hidden, const at::Tensor
                                       const Tokens& tokens,
                                       const LinearCrossEntropyOptions& options);
 
-// grad_rows and grad_lse [N]: upstream of the rows above. Gradients of hidden, weight and bias,
-// each an empty [0] tensor where `wanted` is false.
+// grad_rows and grad_lse [N]: upstream of the rows above. Gradients of hidden, in `hidden_type`,
+// weight and bias, each an empty [0] tensor where `wanted` is false.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_rows_backward(
     const at::Tensor& grad_rows, const at::Tensor& grad_lse, const at::Tensor& hidden,
     const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& class_weight, const Tokens& tokens,
-    const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted);
+    const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted,
+    at::ScalarType hidden_type);
 
 }  // namespace ounce::reference

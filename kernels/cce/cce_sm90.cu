@@ -4,6 +4,7 @@
 // warpgroups multiply in turn, so that one's epilogue runs under the other's products.
 #include <cuda_runtime.h>
 #include <ounce/kernels/cce/cce_kernels.h>
+#include <ounce/kernels/cce/cce_rows.h>
 #include <ounce/kernels/common/tma.h>
 #include <ounce/kernels/common/wgmma.h>
 
@@ -12,7 +13,6 @@
 namespace ounce::cce {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kGroup = 128;  // threads
 constexpr int kThreads = 3 * kGroup;
 constexpr int kHiddenBytes = kTileRows * kDepth * 2, kWeightBytes = kTileColumns * kDepth * 2;
@@ -20,7 +20,7 @@ constexpr int kHalfColumns = kTileColumns / 2;  // fetched by each block for bot
 constexpr int kOutBytes = kTileRows * kTileColumns * 2;
 constexpr int kBoxColumns = 64, kBoxBytes = kTileRows * kBoxColumns * 2;  // of the output
 
-enum class Pass { kSum, kGradient };
+enum class Pass { kSum, kGradient, kExponential };
 
 // A block's shared memory: stages of the two operands, the output, barriers of the stages.
 template <Pass pass>
@@ -45,21 +45,28 @@ struct Arguments {
   CUtensorMap hidden, weight, out;
   Logits logits;
   LogitGradient gradient;
-  Partial* partials;    // of Pass::kSum
-  float* target_logit;  // of Pass::kSum
-  float* rounding;      // of Pass::kGradient
+  Exponentials exponentials;
+  // What a pass leaves of its rows, in slots.
+  Partial* partials;      // of Pass::kSum
+  float* rounding;        // of Pass::kGradient
+  AnchoredSum* anchored;  // of Pass::kExponential
+  float* target_logit;    // but of Pass::kGradient
 };
 
 // The tiles of a cluster, in order.
 struct Walk {
   const Schedule& schedule;
+  const int* only;                   // [pairs] or null: 0 passes one over
   int cluster, form = 0, sweep = 0;  // of the form
   int first_pair = 0;                // of the sweep
   int partials = 0;                  // of the sweeps before
   int tile = 0;                      // along the vocabulary
   int count = 0;                     // tiles before this one
 
-  __device__ Walk(const Schedule& s, int cluster_) : schedule(s), cluster(cluster_) { enter(); }
+  __device__ Walk(const Arguments& a, int cluster_)
+      : schedule(a.logits.schedule), only(a.exponentials.only), cluster(cluster_) {
+    enter();
+  }
   __device__ const Sweeps& now() const { return schedule.forms[form]; }
   __device__ bool over() const { return form == Schedule::kForms || now().count == 0; }
   __device__ int pair() const { return first_pair + cluster % now().pairs; }
@@ -88,9 +95,11 @@ struct Walk {
       ++form;
     }
   }
-  // Passes sweeps that have nothing for this cluster.
+  // Passes over sweeps that have nothing for this cluster.
   __device__ void enter() {
-    while (!over() && column() >= now().columns) leave();
+    while (!over() && (column() >= now().columns || (only != nullptr && only[pair()] == 0))) {
+      leave();
+    }
     if (!over()) tile = column();
   }
 };
@@ -100,7 +109,7 @@ __device__ void fetch(const Arguments& a, Memory<pass> memory, int depth_steps, 
                       uint32_t block) {
   int stage = 0;
   uint32_t phase = 0;
-  for (Walk walk(a.logits.schedule, cluster); !walk.over(); walk.next()) {
+  for (Walk walk(a, cluster); !walk.over(); walk.next()) {
     const int row = walk.pair() * kPairRows + static_cast<int>(block) * kTileRows;
     const int column = walk.tile * kTileColumns + static_cast<int>(block) * kHalfColumns;
     for (int step = 0; step < depth_steps; ++step) {
@@ -147,13 +156,20 @@ __device__ inline float tanh_of(float x) {
   return copysignf(1 - __fdividef(2.f, e + 1), x);
 }
 
+// Of a row of a tile: the largest logit is looked for, in case the row's sum becomes too large.
+constexpr float kLargeSum = 1e15f;
 // A logit whose exponential is 0, and whose square is finite.
 constexpr float kNothing = -1e15f;
 
-// x C^T -> z / k; columns outside become kNothing. Returns k (> 0).
-__device__ float finish_logits(const Logits& p, const Lane& at, int first, Accumulators& d) {
-  const bool plain = p.bias == nullptr && p.softcap == 0 && p.scale > 0;
-  if (!plain) {
+__device__ bool is_plain(const Logits& p) {
+  return p.bias == nullptr && p.softcap == 0 && p.scale > 0;
+}
+// k of finish_logits.
+__device__ float factor_of_logits(const Logits& p) { return is_plain(p) ? p.scale : 1; }
+
+// x C^T -> z / k, k > 0; columns outside become kNothing.
+__device__ void finish_logits(const Logits& p, const Lane& at, int first, Accumulators& d) {
+  if (!is_plain(p)) {
 #pragma unroll
     for (int g = 0; g < kTileColumns / 8; ++g) {
 #pragma unroll
@@ -177,7 +193,6 @@ __device__ float finish_logits(const Logits& p, const Lane& at, int first, Accum
       if (first + at.column(g, c) >= p.vocab) z = kNothing;
     });
   }
-  return plain ? p.scale : 1;
 }
 
 // Takes the targets out of the tile: kNothing stays. Calls f(row, z) in the thread
@@ -213,6 +228,10 @@ __device__ void take_targets(const Logits& p, const Lane& at, int first_row, int
 __device__ float over_row(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
+}
+__device__ float top_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
 // The sum of a row's exponentials without the target's, so that a loss near 0 keeps its precision.
@@ -257,9 +276,7 @@ struct RunningSum {
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float top = largest[half][h];
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        const float top = top_of_row(largest[half][h]);
         const float base = top == -INFINITY ? 0 : top;
         const float all = over_row(sum[half][h] * ptx::exp2(largest[half][h] - base));
         if ((at.lane & 3) == 0) out[at.row(half, h)] = {top, all};
@@ -275,32 +292,65 @@ __device__ inline uint32_t place_of(uint32_t out, int row, int column) {
          column % 8 * 2;
 }
 
-// z / k of two neighbours in a row -> their gradients, rounded to bf16. Adds up what the rounding
-// changed.
-__device__ inline uint32_t gradient_pair(float z0, float z1, float factor, float lse, float k2,
-                                         float slope_of, float& rounding) {
-  float v0 = factor * ptx::exp2(fmaf(z0, k2, -lse)), v1 = factor * ptx::exp2(fmaf(z1, k2, -lse));
-  v0 *= fmaf(-(z0 * slope_of), z0 * slope_of, 1);
-  v1 *= fmaf(-(z1 * slope_of), z1 * slope_of, 1);
+// What is kept of a thread's rows while their tokens stay the same.
+struct Kept {
+  Rows sum, rounding;  // of Pass::kExponential; of both
+  Rows largest;        // z / k, where exponentials overflow
+
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum[i / 2][i % 2] = rounding[i / 2][i % 2] = 0;
+      largest[i / 2][i % 2] = -INFINITY;
+    }
+  }
+};
+
+// Of a row of a tile: the exponentials, what is made of them, and that rounded to bf16.
+struct RowSum {
+  float plain = 0, exact = 0, rounded = 0;
+};
+
+// z / k of two neighbours in a row -> their entries of the output.
+template <bool capped>
+__device__ inline uint32_t entry_pair(float z0, float z1, float factor, float base, float k2,
+                                      float slope_of, RowSum& sum) {
+  float v0 = ptx::exp2(fmaf(z0, k2, -base)), v1 = ptx::exp2(fmaf(z1, k2, -base));
+  if constexpr (capped) {
+    sum.plain += v0 + v1;
+    v0 *= fmaf(-(z0 * slope_of), z0 * slope_of, 1);
+    v1 *= fmaf(-(z1 * slope_of), z1 * slope_of, 1);
+  }
+  v0 *= factor;
+  v1 *= factor;
+  sum.exact += v0 + v1;
   const __nv_bfloat162 pair = __floats2bfloat162_rn(v0, v1);
   const auto bits = reinterpret_cast<const uint32_t&>(pair);
-  rounding += (__uint_as_float(bits << 16) - v0) + (__uint_as_float(bits & 0xFFFF0000u) - v1);
+  sum.rounded += __uint_as_float(bits << 16) + __uint_as_float(bits & 0xFFFF0000u);
   return bits;
 }
 
-// z / k -> its gradient, into `out`.
-__device__ void stage_gradient(const Arguments& a, const Lane& at, int first_row, float k,
-                               const Accumulators& d, uint32_t out, Rows& rounding) {
-  const float slope_of = a.logits.softcap > 0 ? k / a.logits.softcap : 0, k2 = k * kLog2e;
+// z / k -> its entry of the output, into `out`.
+template <Pass pass, bool capped>
+__device__ void stage_entries(const Arguments& a, const Lane& at, int first_row, float k,
+                              const Accumulators& d, uint32_t out, Kept& kept) {
+  const float slope_of = capped ? k / a.logits.softcap : 0, k2 = k * kLog2e;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float factor[2], lse[2];
+    float factor[2], base[2];
+    RowSum sum[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = first_row + at.row(half, h);
-      factor[h] = row < static_cast<int>(a.logits.rows) ? __ldg(a.gradient.factor + row) : 0;
-      // Rows that do not count have any lse.
-      lse[h] = factor[h] != 0 ? __ldg(a.gradient.lse + row) * kLog2e : INFINITY;
+      const bool inside = row < static_cast<int>(a.logits.rows);
+      if constexpr (pass == Pass::kExponential) {
+        factor[h] = 1;
+        base[h] = inside ? __ldg(a.exponentials.anchor + row) : INFINITY;
+      } else {
+        factor[h] = inside ? __ldg(a.gradient.factor + row) : 0;
+        // Rows that do not count have any lse.
+        base[h] = factor[h] != 0 ? __ldg(a.gradient.lse + row) * kLog2e : INFINITY;
+      }
     }
     const int row = half * 64 + at.warp * 16 + (at.lane & 15);
 #pragma unroll
@@ -309,11 +359,25 @@ __device__ void stage_gradient(const Arguments& a, const Lane& at, int first_row
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* z = d[half] + g * 4 + i * 2;
-        pairs[i] = gradient_pair(z[0], z[1], factor[i & 1], lse[i & 1], k2, slope_of,
-                                 rounding[half][i & 1]);
+        pairs[i] =
+            entry_pair<capped>(z[0], z[1], factor[i & 1], base[i & 1], k2, slope_of, sum[i & 1]);
       }
       ptx::store_matrices(place_of(out, row, (g + (at.lane >> 4)) * 8), pairs[0], pairs[1],
                           pairs[2], pairs[3]);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      kept.rounding[half][h] += sum[h].rounded - sum[h].exact;
+      if constexpr (pass == Pass::kExponential) {
+        const float all = capped ? sum[h].plain : sum[h].exact;
+        kept.sum[half][h] += all;
+        if (all < kLargeSum) continue;
+#pragma unroll
+        for (int g = 0; g < kTileColumns / 8; ++g) {
+          const float* z = d[half] + g * 4 + h * 2;
+          kept.largest[half][h] = fmaxf(kept.largest[half][h], fmaxf(z[0], z[1]));
+        }
+      }
     }
   }
 }
@@ -396,7 +460,27 @@ __device__ void store_out(const Arguments& a, uint32_t out, int first_row, int f
   ptx::named_arrive(kOutTurn + 1 - turn, 2 * kGroup);
 }
 
+// What a pass leaves of its rows; the first of the four threads of a row writes.
 template <Pass pass>
+__device__ void write_kept(const Arguments& a, const Lane& at, int slot, float k2,
+                           const Kept& kept) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int place = slot + at.row(half, h);
+      const float rounding = over_row(kept.rounding[half][h]);
+      if constexpr (pass == Pass::kGradient) {
+        if ((at.lane & 3) == 0) a.rounding[place] = rounding;
+      } else {
+        const float sum = over_row(kept.sum[half][h]), top = top_of_row(kept.largest[half][h]);
+        if ((at.lane & 3) == 0) a.anchored[place] = {top * k2, sum, rounding};
+      }
+    }
+  }
+}
+
+template <Pass pass, bool capped>
 __device__ void multiply(const Arguments& a, Memory<pass> memory, int depth_steps, int cluster,
                          uint32_t block) {
   const int thread = threadIdx.x % kGroup, turn = threadIdx.x / kGroup - 1;
@@ -404,28 +488,32 @@ __device__ void multiply(const Arguments& a, Memory<pass> memory, int depth_step
   const Logits& p = a.logits;
   Accumulators d;
   RunningSum running;
-  Rows rounding = {};
+  Kept kept;
   running.clear();
+  kept.clear();
   if (turn == 1) {
     ptx::named_arrive(kMultiplyTurn, 2 * kGroup);
     ptx::named_arrive(kOutTurn, 2 * kGroup);
   }
-  for (Walk walk(p.schedule, cluster); !walk.over();) {
+  for (Walk walk(a, cluster); !walk.over();) {
     const int first_row = walk.pair() * kPairRows + static_cast<int>(block) * kTileRows;
     const int first = walk.tile * kTileColumns;
     if (walk.count % kLanes == turn) {
       ptx::named_wait(kMultiplyTurn + turn, 2 * kGroup);
       multiply_tile(d, memory, walk.count * depth_steps, depth_steps, block);
-      const float k = finish_logits(p, at, first, d);
+      const float k = factor_of_logits(p);
+      finish_logits(p, at, first, d);
+      take_targets(p, at, first_row, first, d, [&](int row, float z) {
+        if constexpr (pass != Pass::kGradient) a.target_logit[row] = z * k;
+      });
       if constexpr (pass == Pass::kSum) {
-        take_targets(p, at, first_row, first, d,
-                     [&](int row, float z) { a.target_logit[row] = z * k; });
         running.add(d, k * kLog2e);
       } else {
-        take_targets(p, at, first_row, first, d, [](int, float) {});
         ptx::named_wait(kOutTurn + turn, 2 * kGroup);
-        stage_gradient(a, at, first_row, k, d, memory.out(), rounding);
-        put_targets(a, at, first_row, first, memory.out(), rounding);
+        stage_entries<pass, capped>(a, at, first_row, k, d, memory.out(), kept);
+        if constexpr (pass == Pass::kGradient) {
+          put_targets(a, at, first_row, first, memory.out(), kept.rounding);
+        }
         store_out(a, memory.out(), first_row, first, turn);
       }
     }
@@ -436,21 +524,14 @@ __device__ void multiply(const Arguments& a, Memory<pass> memory, int depth_step
       running.write(at, a.partials + slot);
       running.clear();
     } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float sum = over_row(rounding[half][h]);
-          if ((at.lane & 3) == 0) a.rounding[slot + at.row(half, h)] = sum;
-          rounding[half][h] = 0;
-        }
-      }
+      write_kept<pass>(a, at, slot, factor_of_logits(p) * kLog2e, kept);
+      kept.clear();
     }
   }
   if (thread == 0) tma::wait_stores();
 }
 
-template <Pass pass>
+template <Pass pass, bool capped>
 __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     pass_over_logits(const __grid_constant__ Arguments a) {
   extern __shared__ char raw[];
@@ -472,72 +553,10 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) fetch(a, memory, depth_steps, cluster, block);
   } else {
     ptx::take_registers<232>();
-    multiply(a, memory, depth_steps, cluster, block);
+    multiply<pass, capped>(a, memory, depth_steps, cluster, block);
   }
   // A block's memory and barriers are used by the other one until both are through.
   ptx::cluster_sync();
-}
-
-// A row's partial values: `count` of them, `stride` apart.
-template <class T>
-struct Parts {
-  const T* first;
-  int count;
-  int64_t stride;
-
-  __device__ Parts(const Schedule& schedule, int64_t row, const T* partials) : first(partials) {
-    auto pair = static_cast<int>(row / kPairRows);
-    int i = 0;
-    for (; pair >= schedule.forms[i].count * schedule.forms[i].pairs; ++i) {
-      const Sweeps& form = schedule.forms[i];
-      pair -= form.count * form.pairs;
-      first += int64_t{form.count} * form.partials();
-    }
-    const Sweeps& form = schedule.forms[i];
-    stride = int64_t{form.pairs} * kPairRows;
-    count = form.columns * kLanes;
-    first += pair / form.pairs * count * stride + pair % form.pairs * kPairRows + row % kPairRows;
-  }
-};
-
-__global__ void merge(const __grid_constant__ Schedule schedule, int64_t rows,
-                      const Partial* partials, Partial* sums) {
-  const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (row >= rows) return;
-  const Parts<Partial> parts(schedule, row, partials);
-  Partial all = sums[row];
-  float top = all.largest;
-  for (int i = 0; i < parts.count; ++i) top = fmaxf(top, parts.first[i * parts.stride].largest);
-  const float base = top == -INFINITY ? 0 : top;
-  float sum = all.sum * exp2f(all.largest - base);
-  for (int i = 0; i < parts.count; ++i) {
-    const Partial part = parts.first[i * parts.stride];
-    sum += part.sum * exp2f(part.largest - base);
-  }
-  sums[row] = {top, sum};
-}
-
-// As the reference: log1p keeps a loss near 0, the difference of logarithms cannot overflow.
-__global__ void finish(int64_t rows, const Partial* sums, const float* target_logit, float* lse,
-                       float* nll) {
-  const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (row >= rows) return;
-  const Partial rest = sums[row];
-  const float y = target_logit[row], y2 = y * kLog2e, top = fmaxf(rest.largest, y2);
-  const float others = rest.sum == 0 ? 0 : rest.sum * exp2f(rest.largest - top);
-  const float hit = exp2f(y2 - top), below = (y2 - top) / kLog2e, total = logf(hit + others);
-  lse[row] = top / kLog2e + total;
-  nll[row] = below > -10 ? log1pf(others / hit) : total - below;
-}
-
-__global__ void add_up(const __grid_constant__ Schedule schedule, int64_t rows,
-                       const float* partials, float* sums) {
-  const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (row >= rows) return;
-  const Parts<float> parts(schedule, row, partials);
-  float sum = sums[row];
-  for (int i = 0; i < parts.count; ++i) sum += parts.first[i * parts.stride];
-  sums[row] = sum;
 }
 
 // `stride` elements from row to row.
@@ -547,21 +566,27 @@ cudaError_t map_of(CUtensorMap* map, const void* data, int64_t rows, int64_t col
                        box_rows);
 }
 
-unsigned blocks_of(int64_t rows) { return static_cast<unsigned>((rows + kGroup - 1) / kGroup); }
+template <Pass pass, bool capped>
+cudaError_t launch(const Arguments& a, cudaStream_t stream) {
+  constexpr int bytes = Memory<pass>::kBytes;
+  static const auto allowed = cudaFuncSetAttribute(
+      pass_over_logits<pass, capped>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (allowed != cudaSuccess) return allowed;
+  pass_over_logits<pass, capped><<<2 * a.logits.schedule.clusters, kThreads, bytes, stream>>>(a);
+  return cudaGetLastError();
+}
 
 template <Pass pass>
 cudaError_t launch(Arguments& a, cudaStream_t stream) {
-  constexpr int bytes = Memory<pass>::kBytes;
   const Logits& p = a.logits;
   auto error = map_of(&a.hidden, p.hidden, p.rows, p.dim, p.hidden_stride, kTileRows);
   if (error != cudaSuccess) return error;
   error = map_of(&a.weight, p.weight, p.vocab, p.dim, p.weight_stride, kHalfColumns);
   if (error != cudaSuccess) return error;
-  static const auto allowed = cudaFuncSetAttribute(
-      pass_over_logits<pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (allowed != cudaSuccess) return allowed;
-  pass_over_logits<pass><<<2 * a.logits.schedule.clusters, kThreads, bytes, stream>>>(a);
-  return cudaGetLastError();
+  if constexpr (pass != Pass::kSum) {
+    if (p.softcap > 0) return launch<pass, true>(a, stream);
+  }
+  return launch<pass, false>(a, stream);
 }
 
 }  // namespace
@@ -573,10 +598,7 @@ cudaError_t add_exponentials(const Logits& logits, Partial* partials, Partial* s
   a.partials = partials;
   a.target_logit = target_logit;
   const auto error = launch<Pass::kSum>(a, stream);
-  if (error != cudaSuccess) return error;
-  merge<<<blocks_of(logits.rows), kGroup, 0, stream>>>(logits.schedule, logits.rows, partials,
-                                                       sums);
-  return cudaGetLastError();
+  return error != cudaSuccess ? error : add_slots(logits, partials, sums, nullptr, stream);
 }
 
 cudaError_t logit_gradient(const Logits& logits, const LogitGradient& gradient, float* partials,
@@ -589,16 +611,23 @@ cudaError_t logit_gradient(const Logits& logits, const LogitGradient& gradient, 
   a.gradient = gradient;
   a.rounding = partials;
   error = launch<Pass::kGradient>(a, stream);
-  if (error != cudaSuccess) return error;
-  add_up<<<blocks_of(logits.rows), kGroup, 0, stream>>>(logits.schedule, logits.rows, partials,
-                                                        rounding);
-  return cudaGetLastError();
+  return error != cudaSuccess ? error : add_slots(logits, partials, rounding, nullptr, stream);
 }
 
-cudaError_t finish_rows(int64_t rows, const Partial* sums, const float* target_logit, float* lse,
-                        float* nll, cudaStream_t stream) {
-  finish<<<blocks_of(rows), kGroup, 0, stream>>>(rows, sums, target_logit, lse, nll);
-  return cudaGetLastError();
+cudaError_t exponentials(const Logits& logits, const Exponentials& exponentials,
+                         AnchoredSum* partials, AnchoredSum* sums, float* target_logit,
+                         cudaStream_t stream) {
+  Arguments a;
+  auto error = map_of(&a.out, exponentials.out, logits.rows, logits.vocab, exponentials.out_stride,
+                      kTileRows);
+  if (error != cudaSuccess) return error;
+  a.logits = logits;
+  a.exponentials = exponentials;
+  a.anchored = partials;
+  a.target_logit = target_logit;
+  error = launch<Pass::kExponential>(a, stream);
+  return error != cudaSuccess ? error
+                              : add_slots(logits, partials, sums, exponentials.only, stream);
 }
 
 int clusters_of_device() {
@@ -607,14 +636,14 @@ int clusters_of_device() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (major != 9) return 0;
   using S = Memory<Pass::kSum>;
-  cudaFuncSetAttribute(pass_over_logits<Pass::kSum>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       S::kBytes);
+  cudaFuncSetAttribute(pass_over_logits<Pass::kSum, false>,
+                       cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
   cudaLaunchConfig_t config{};
   config.gridDim = 2;
   config.blockDim = kThreads;
   config.dynamicSmemBytes = S::kBytes;
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, pass_over_logits<Pass::kSum>, &config) !=
+  if (cudaOccupancyMaxActiveClusters(&clusters, pass_over_logits<Pass::kSum, false>, &config) !=
       cudaSuccess) {
     cudaGetLastError();
     return 0;

@@ -32,6 +32,8 @@ class LinearCrossEntropy(unittest.TestCase):
             torch.library.opcheck(OP, make(dtype, extras=False))
         for reduction in ("none", "mean", "sum"):
             torch.library.opcheck(OP, make(), dict(ALL_OPTIONS, reduction=reduction))
+        torch.library.opcheck(OP, make(), dict(ALL_OPTIONS, recompute="never"))
+        torch.library.opcheck(OP, [t.detach() for t in make()], dict(gradients=[True, False, True]))
 
     def test_opcheck_of_the_backward_operator(self):
         hidden, weight, target = [t.detach() for t in make(extras=False)]
@@ -46,6 +48,18 @@ class LinearCrossEntropy(unittest.TestCase):
                 torch.ops.ounce.linear_cross_entropy_backward,
                 (torch.ones(()), None, hidden, weight, target, None, None, None, lse, nll),
                 dict(options, wanted=wanted))
+
+    def test_gradients_made_by_forward(self):
+        detached = [t.detach() for t in make()]
+        early, late = make(), make()
+        asked = OP(*detached, **ALL_OPTIONS, gradients=[True] * 3)[7:]
+        for args, recompute in ((early, "never"), (late, "always")):
+            (OP(*args, **ALL_OPTIONS, recompute=recompute)[0] * 2).backward(retain_graph=True)
+        for i, gradient in zip((0, 1, 3), asked):
+            self.assertTrue(torch.equal(early[i].grad, late[i].grad))
+            torch.testing.assert_close(late[i].grad, 2 * gradient)
+        with self.assertRaisesRegex(RuntimeError, "expected gradients of a scalar"):
+            OP(*detached, reduction="none", gradients=[True, False, False])
 
     def test_gradcheck(self):
         hidden, weight, target, bias, token_weight, class_weight = make(torch.float64)
@@ -63,7 +77,7 @@ class LinearCrossEntropy(unittest.TestCase):
         torch.testing.assert_close(OP(hidden, weight, target)[0], expected)
 
     def test_compiled_equals_eager(self):
-        for options in ({}, dict(ALL_OPTIONS, reduction="none")):
+        for options in ({}, dict(ALL_OPTIONS, reduction="none"), dict(recompute="never")):
             def step(hidden, weight, target, *rest):
                 out = OP(hidden * 2, weight, target, *rest, **options)
                 return out[0].sum() + out[1].square().sum()
