@@ -175,6 +175,8 @@ struct Data {
   AnchoredSum *anchored_partials, *anchored;
   int* again;
   float *anchor, *target_logit, *lse, *nll, *factor, *at_target, *rounding;
+  float *ones, *losses;
+  bool* counted;
   int* target;
 
   explicit Data(const Case& c) {
@@ -208,6 +210,11 @@ struct Data {
     for (auto** rows : {&anchor, &target_logit, &lse, &nll, &factor, &at_target, &rounding}) {
       *rows = allocate<float>(c.rows);
     }
+    counted = allocate<bool>(c.rows);
+    ones = allocate<float>(c.rows);
+    losses = allocate<float>(c.rows);
+    fill_with<<<64, 256>>>(counted, c.rows, true);
+    fill_with<<<64, 256>>>(ones, c.rows, 1.f);
     fill_with<<<64, 256>>>(factor, c.rows, 0.5f);
     fill_with<<<64, 256>>>(at_target, c.rows, -1.f / static_cast<float>(c.vocab));
   }
@@ -217,17 +224,19 @@ struct Data {
           static_cast<const void*>(target), static_cast<const void*>(partials),
           static_cast<const void*>(sums), static_cast<const void*>(anchored_partials),
           static_cast<const void*>(anchored), static_cast<const void*>(again),
-          static_cast<const void*>(anchor), static_cast<const void*>(rounding),
-          static_cast<const void*>(target_logit), static_cast<const void*>(lse),
-          static_cast<const void*>(nll), static_cast<const void*>(factor),
-          static_cast<const void*>(at_target)}) {
+          static_cast<const void*>(anchor), static_cast<const void*>(counted),
+          static_cast<const void*>(ones), static_cast<const void*>(losses),
+          static_cast<const void*>(rounding), static_cast<const void*>(target_logit),
+          static_cast<const void*>(lse), static_cast<const void*>(nll),
+          static_cast<const void*>(factor), static_cast<const void*>(at_target)}) {
       cudaFree(const_cast<void*>(memory));
     }
   }
   void forward() {
     fill_with<<<64, 256>>>(sums, logits.rows, Partial{-INFINITY, 0});
     CHECK(add_exponentials(logits, partials, sums, target_logit, nullptr));
-    CHECK(finish_rows(logits.rows, sums, target_logit, lse, nll, nullptr));
+    CHECK(finish_rows(logits.rows, {.counted = counted, .weight = ones, .hit_weight = ones}, sums,
+                      target_logit, {lse, nll, losses, losses}, nullptr));
   }
 };
 

@@ -17,12 +17,19 @@ std::string why_not(const at::Tensor& hidden, const at::Tensor& weight,
                     const std::optional<at::Tensor>& class_weight,
                     const LinearCrossEntropyOptions& options);
 
+// target [N] int32 or int64. The floating results are fp32.
+reference::Tokens describe_tokens(const at::Tensor& target,
+                                  const std::optional<at::Tensor>& token_weight,
+                                  const std::optional<at::Tensor>& class_weight, int64_t vocab,
+                                  const LinearCrossEntropyOptions& options);
+
 reference::ForwardRows linear_cross_entropy_rows(const at::Tensor& hidden, const at::Tensor& weight,
                                                  const std::optional<at::Tensor>& bias,
                                                  const reference::Tokens& tokens,
                                                  const LinearCrossEntropyOptions& options);
 
-// lse, nll [N]: as forward gave them.
+// grad_rows and grad_lse [N] or scalar, fp32; grad_lse may be undefined. lse, nll [N]: as forward
+// gave them.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_rows_backward(
     const at::Tensor& grad_rows, const at::Tensor& grad_lse, const at::Tensor& hidden,
     const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -44,5 +51,7 @@ std::tuple<reference::ForwardRows, at::Tensor, at::Tensor> linear_cross_entropy_
 
 // gradient *= factor, a scalar; contiguous fp32 or bf16, factor fp32.
 void scale_gradient(at::Tensor& gradient, const at::Tensor& factor);
+// factor gradient in bf16, of a contiguous fp32 gradient.
+at::Tensor rounded_gradient(const at::Tensor& gradient, const at::Tensor& factor);
 
 }  // namespace ounce::fused

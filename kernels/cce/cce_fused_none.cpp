@@ -9,6 +9,12 @@ std::string why_not(const at::Tensor&, const at::Tensor&, const std::optional<at
   return kNotBuilt;
 }
 
+reference::Tokens describe_tokens(const at::Tensor&, const std::optional<at::Tensor>&,
+                                  const std::optional<at::Tensor>&, int64_t,
+                                  const LinearCrossEntropyOptions&) {
+  fail(Fault::kProblem, "[linear_cross_entropy] the fused path is not built");
+}
+
 bool keeps_exponentials(const at::Tensor&, const at::Tensor&, bool,
                         const LinearCrossEntropyOptions&) {
   return false;
@@ -17,6 +23,10 @@ bool keeps_exponentials(const at::Tensor&, const at::Tensor&, bool,
 std::tuple<reference::ForwardRows, at::Tensor, at::Tensor> linear_cross_entropy_rows_with_gradients(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const reference::Tokens&,
     const LinearCrossEntropyOptions&, std::array<bool, 2>) {
+  fail(Fault::kProblem, "[linear_cross_entropy] the fused path is not built");
+}
+
+at::Tensor rounded_gradient(const at::Tensor&, const at::Tensor&) {
   fail(Fault::kProblem, "[linear_cross_entropy] the fused path is not built");
 }
 

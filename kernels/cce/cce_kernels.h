@@ -19,7 +19,7 @@ struct Logits {
   int64_t hidden_stride = 0, weight_stride = 0;  // elements, multiples of 8
   const float* bias = nullptr;                   // [vocab] or null
   float scale = 1, softcap = 0;
-  const int* target = nullptr;  // [rows], counted from this slab's first entry
+  const int* target = nullptr;  // [rows], counted from this slab's first entry; null: none here
   Schedule schedule;
 };
 

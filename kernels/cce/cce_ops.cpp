@@ -53,15 +53,23 @@ Tensor to_target_place(const Tensor& rows, const Tensor& target, int64_t shift) 
   return shift == 0 ? t : at::roll(t, shift, -1);
 }
 
-reference::Tokens tokens_of(const Inputs& in, const CceOptions& o) {
-  const auto compute = in.hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  auto counted = in.target.ne(o.ignore_index());
-  if (o.shift() > 0) counted.narrow(-1, 0, o.shift()).fill_(false);
+// Flat, at the place they are predicted from.
+Tensor targets_at_hidden(const Inputs& in, const CceOptions& o) {
+  if (o.shift() == 0) return in.target.reshape({in.target.numel()});
+  auto target = in.target.to(at::kLong, /*non_blocking=*/false, /*copy=*/true);
+  target.narrow(-1, 0, o.shift()).fill_(o.ignore_index());
+  return to_hidden_place(target, o.shift());
+}
+
+reference::Tokens tokens_of(bool fused, const Inputs& in, const CceOptions& o) {
+  const auto target = targets_at_hidden(in, o);
   const auto token_weight =
       in.token_weight ? OptionalTensor(to_hidden_place(*in.token_weight, o.shift())) : std::nullopt;
-  return reference::describe_tokens(to_hidden_place(in.target.to(at::kLong), o.shift()),
-                                    to_hidden_place(counted, o.shift()), token_weight,
-                                    in.class_weight, in.weight.size(0), compute);
+  const auto vocab = in.weight.size(0);
+  if (fused) return fused::describe_tokens(target, token_weight, in.class_weight, vocab, o);
+  const auto compute = in.hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return reference::describe_tokens(target.to(at::kLong), target.ne(o.ignore_index()), token_weight,
+                                    in.class_weight, vocab, compute);
 }
 
 void check_targets(const Inputs& in, const CceOptions& o) {
@@ -109,9 +117,9 @@ Outputs forward_kernel(const Inputs& in, const CceOptions& o, Wanted wanted) {
               "mean, sum or autograd");
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (o.validate_targets()) check_targets(in, o);
-  const auto tokens = tokens_of(in, o);
   const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
   const bool fused = is_fused(hidden, in, o);
+  const auto tokens = tokens_of(fused, in, o);
   const auto upstream = [&] {
     return upstream_of_rows(at::ones({}, tokens.weight.options()), tokens, o);
   };
@@ -158,14 +166,15 @@ Gradients backward_kernel(const OptionalTensor& grad_loss, const OptionalTensor&
                           Wanted wanted) {
   check_inputs(in, o);
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto tokens = tokens_of(in, o);
-  const auto zero = at::zeros({}, tokens.weight.options());
   const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
-  auto [grad_hidden, grad_weight, grad_bias] = backward_rows(
-      is_fused(hidden, in, o), grad_loss ? upstream_of_rows(*grad_loss, tokens, o) : zero,
-      grad_lse ? to_hidden_place(*grad_lse, o.shift()) : zero, hidden, in, tokens,
-      {to_hidden_place(saved.lse, o.shift()), to_hidden_place(saved.nll, o.shift())}, o, wanted,
-      hidden.scalar_type());
+  const bool fused = is_fused(hidden, in, o);
+  const auto tokens = tokens_of(fused, in, o);
+  const auto zero = at::zeros({}, tokens.weight.options());
+  auto [grad_hidden, grad_weight, grad_bias] =
+      backward_rows(fused, grad_loss ? upstream_of_rows(*grad_loss, tokens, o) : zero,
+                    grad_lse ? to_hidden_place(*grad_lse, o.shift()) : zero, hidden, in, tokens,
+                    {to_hidden_place(saved.lse, o.shift()), to_hidden_place(saved.nll, o.shift())},
+                    o, wanted, hidden.scalar_type());
   if (wanted[0]) grad_hidden = grad_hidden.view(in.hidden.sizes());
   return {grad_hidden, grad_weight, grad_bias};
 }
@@ -180,6 +189,12 @@ void scale_kernel(const Tensor& gradient, const Tensor& factor) {
   } else {
     in_place.mul_(factor);
   }
+}
+
+Tensor rounded_kernel(const Tensor& gradient, const Tensor& factor, at::ScalarType type) {
+  const bool ours = gradient.is_cuda() && gradient.is_contiguous() && type == at::kBFloat16 &&
+                    gradient.scalar_type() == at::kFloat && factor.scalar_type() == at::kFloat;
+  return ours ? fused::rounded_gradient(gradient, factor) : (gradient * factor).to(type);
 }
 
 // --- Meta ---------------------------------------------------------------------------------------
@@ -217,6 +232,10 @@ Gradients backward_meta(const OptionalTensor&, const OptionalTensor&, const Inpu
 }
 
 void scale_meta(const Tensor&, const Tensor&) {}
+
+Tensor rounded_meta(const Tensor& gradient, const Tensor&, at::ScalarType type) {
+  return at::empty_symint(gradient.sym_sizes(), gradient.options().dtype(type));
+}
 
 // --- the dispatcher: options as single arguments, and back --------------------------------------
 
@@ -297,6 +316,13 @@ void call_scale(const Tensor& gradient, const Tensor& factor) {
                              .findSchemaOrThrow("ounce::scale_gradient_", "")
                              .typed<decltype(scale_kernel)>();
   op.call(gradient, factor);
+}
+
+Tensor call_rounded(const Tensor& gradient, const Tensor& factor, at::ScalarType type) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ounce::rounded_gradient", "")
+                             .typed<decltype(rounded_kernel)>();
+  return op.call(gradient, factor, type);
 }
 
 Gradients call_backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
@@ -394,10 +420,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     const auto put = [&](int place, const Tensor& gradient) {
       out[place] = out[place].defined() ? out[place].add_(gradient) : gradient;
     };
-    if (wanted[0]) {
-      auto rounded = at::empty_like(saved[0]);
-      put(0, at::mul_out(rounded, saved[8], grads[0]));
-    }
+    if (wanted[0]) put(0, call_rounded(saved[8], grads[0], saved[0].scalar_type()));
     // Nobody needs these again unless the graph is kept.
     const bool keep = torch::autograd::get_current_graph_task_keep_graph();
     const auto scaled = [&](const Tensor& gradient) {
@@ -507,6 +530,7 @@ TORCH_LIBRARY_FRAGMENT(ounce, m) {
       "(Tensor loss, Tensor lse, Tensor z_loss, Tensor n_valid, Tensor correct, "
       "Tensor dropped_mass, Tensor nll, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   m.def("scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()");
+  m.def("rounded_gradient(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor");
   m.def(
       "linear_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor hidden, "
       "Tensor weight, Tensor target, Tensor? bias, Tensor? token_weight, Tensor? class_weight, "
@@ -521,16 +545,19 @@ TORCH_LIBRARY_IMPL(ounce, CPU, m) {
   m.impl("linear_cross_entropy", forward_entry<forward_kernel>);
   m.impl("linear_cross_entropy_backward", backward_entry<backward_kernel>);
   m.impl("scale_gradient_", scale_kernel);
+  m.impl("rounded_gradient", rounded_kernel);
 }
 TORCH_LIBRARY_IMPL(ounce, CUDA, m) {
   m.impl("linear_cross_entropy", forward_entry<forward_kernel>);
   m.impl("linear_cross_entropy_backward", backward_entry<backward_kernel>);
   m.impl("scale_gradient_", scale_kernel);
+  m.impl("rounded_gradient", rounded_kernel);
 }
 TORCH_LIBRARY_IMPL(ounce, Meta, m) {
   m.impl("linear_cross_entropy", forward_entry<forward_meta>);
   m.impl("linear_cross_entropy_backward", backward_entry<backward_meta>);
   m.impl("scale_gradient_", scale_meta);
+  m.impl("rounded_gradient", rounded_meta);
 }
 TORCH_LIBRARY_IMPL(ounce, Autograd, m) {
   m.impl("linear_cross_entropy", forward_entry<forward_autograd>);

@@ -21,6 +21,7 @@ struct Tokens {
   at::Tensor weight;       // t_m, 0 where not counted, NaN where outside
   at::Tensor hit_weight;   // class weight of the target, 1 without class weights
   at::Tensor denominator;  // scalar sum of weight * hit_weight, 1 where that is 0
+  at::Tensor place;        // of the fused path: int32 target, -1 where there is none
 };
 
 // target [N] int64, counted [N] bool. Floating results in `compute`.

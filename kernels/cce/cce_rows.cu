@@ -4,6 +4,9 @@
 
 #include <cuda_bf16.h>
 
+#include <algorithm>
+#include <initializer_list>
+
 namespace ounce::cce {
 namespace {
 
@@ -14,6 +17,8 @@ constexpr float kLargestPower = 80;
 unsigned blocks_of(int64_t count, int64_t each) {
   return static_cast<unsigned>((count + each - 1) / each);
 }
+
+__device__ int64_t row_of_thread() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 
 // A row's slots: `count` of them, `stride` apart.
 template <class T>
@@ -59,7 +64,7 @@ __device__ void add(const Slots<AnchoredSum>& slots, AnchoredSum& sum) {
 template <class T>
 __global__ void add_slots_of(const __grid_constant__ Schedule schedule, int64_t rows,
                              const T* slots, T* sums, const int* only) {
-  const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t row = row_of_thread();
   if (row >= rows || (only != nullptr && only[row / kPairRows] == 0)) return;
   T sum = sums[row];
   add(Slots<T>(schedule, row, slots), sum);
@@ -73,26 +78,113 @@ cudaError_t launch_add_slots(const Logits& logits, const T* slots, T* sums, cons
   return cudaGetLastError();
 }
 
-// `base` and the target's logit y2 in powers of two. log1p keeps a loss near 0, as the reference
-// does; the difference of logarithms cannot overflow.
-__device__ void finish_row(float base, float sum, float y2, float* lse, float* nll) {
-  const float top = fmaxf(base, y2), others = sum == 0 ? 0 : sum * exp2f(base - top);
-  const float hit = exp2f(y2 - top), below = (y2 - top) / kLog2e, total = logf(hit + others);
-  *lse = top / kLog2e + total;
-  *nll = below > -10 ? log1pf(others / hit) : total - below;
+__global__ void describe_tokens_of(int64_t rows, const __grid_constant__ TargetRows in,
+                                   const __grid_constant__ TokenRows out) {
+  const int64_t row = row_of_thread();
+  if (row >= rows) return;
+  const int64_t target = in.is_int64 ? static_cast<const int64_t*>(in.target)[row]
+                                     : static_cast<const int*>(in.target)[row];
+  const bool counted = target != in.ignore_index, known = target >= 0 && target < in.vocab;
+  const bool found = counted && known;
+  out.target[row] = found ? target : 0;
+  out.place[row] = found ? static_cast<int>(target) : -1;
+  out.counted[row] = counted;
+  out.outside[row] = counted && !known;
+  const float weight = in.token_weight == nullptr ? 1 : in.token_weight[row];
+  out.weight[row] = !counted ? 0 : known ? weight : NAN;
+  out.hit_weight[row] = in.class_weight == nullptr ? 1 : in.class_weight[found ? target : 0];
 }
 
-__global__ void finish_partial(int64_t rows, const Partial* sums, const float* target_logit,
-                               float* lse, float* nll) {
-  const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (row >= rows) return;
-  finish_row(sums[row].largest, sums[row].sum, target_logit[row] * kLog2e, lse + row, nll + row);
+constexpr int kSumThreads = 1024;
+
+// One block, in a fixed order.
+__global__ void sum_weights(int64_t rows, const __grid_constant__ TokenRows tokens) {
+  __shared__ float parts[kSumThreads];
+  float sum = 0;
+  for (int64_t row = threadIdx.x; row < rows; row += kSumThreads) {
+    sum += tokens.weight[row] * tokens.hit_weight[row];
+  }
+  parts[threadIdx.x] = sum;
+  for (int step = kSumThreads / 2; step > 0; step /= 2) {
+    __syncthreads();
+    if (threadIdx.x < step) parts[threadIdx.x] += parts[threadIdx.x + step];
+  }
+  if (threadIdx.x == 0) *tokens.denominator = parts[0] == 0 ? 1 : parts[0];
 }
-__global__ void finish_anchored(int64_t rows, const float* anchor, const AnchoredSum* sums,
-                                const float* target_logit, float* lse, float* nll) {
-  const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+
+// `base` and the target's logit y2 in powers of two. log1p keeps a loss near 0, as the reference
+// does; the difference of logarithms cannot overflow.
+__device__ void finish_row(int64_t row, const RowLoss& l, float base, float sum, float y2,
+                           const RowOutputs& out) {
+  const float top = fmaxf(base, y2), others = sum == 0 ? 0 : sum * exp2f(base - top);
+  const float hit = exp2f(y2 - top), below = (y2 - top) / kLog2e, total = logf(hit + others);
+  const bool counted = l.counted[row];
+  const float lse = counted ? top / kLog2e + total : 0;
+  const float nll = !counted ? 0 : below > -10 ? log1pf(others / hit) : total - below;
+  const float weight = counted ? l.weight[row] : 0, square = l.z_loss * lse * lse;
+  out.lse[row] = lse;
+  out.nll[row] = nll;
+  out.z_loss[row] = counted ? square * weight : 0;
+  out.loss[row] = counted ? (nll * l.hit_weight[row] * (1 - l.smoothing) + square) * weight : 0;
+}
+
+__global__ void finish_partial(int64_t rows, const __grid_constant__ RowLoss loss,
+                               const Partial* sums, const float* target_logit,
+                               const __grid_constant__ RowOutputs out) {
+  const int64_t row = row_of_thread();
   if (row >= rows) return;
-  finish_row(anchor[row], sums[row].sum, target_logit[row] * kLog2e, lse + row, nll + row);
+  finish_row(row, loss, sums[row].largest, sums[row].sum, target_logit[row] * kLog2e, out);
+}
+__global__ void finish_anchored(int64_t rows, const __grid_constant__ RowLoss loss,
+                                const float* anchor, const AnchoredSum* sums,
+                                const float* target_logit, const __grid_constant__ RowOutputs out) {
+  const int64_t row = row_of_thread();
+  if (row >= rows) return;
+  finish_row(row, loss, anchor[row], sums[row].sum, target_logit[row] * kLog2e, out);
+}
+
+struct RowGradient {
+  float factor = 0, at_target = 0, flat = 0;
+};
+__device__ RowGradient gradient_of(int64_t row, const RowLoss& l, const RowUpstream& u, float lse,
+                                   float nll) {
+  if (!l.counted[row]) return {};
+  const float loss = u.loss[row * u.loss_stride] * l.weight[row] * l.logit_scale;
+  const float of_lse = u.lse == nullptr ? 0 : u.lse[row * u.lse_stride] * l.logit_scale;
+  const float sharp = loss * l.hit_weight[row] * (1 - l.smoothing);
+  const float spread = loss * (2 * l.z_loss * lse + l.smoothing) + of_lse;
+  // spread p - sharp (1 - p) without cancellation
+  float at_target = spread * expf(-nll) + sharp * expm1f(-nll);
+  if (l.softcap > 0) {
+    const float share = (lse - nll) / l.softcap;
+    at_target *= 1 - share * share;
+  }
+  return {sharp + spread, at_target, loss * l.smoothing / l.vocab};
+}
+
+__global__ void upstream_of(int64_t rows, const __grid_constant__ RowLoss loss,
+                            const __grid_constant__ RowUpstream upstream, const float* lse,
+                            const float* nll, float* factor, float* at_target, float* flat) {
+  const int64_t row = row_of_thread();
+  if (row >= rows) return;
+  const auto g = gradient_of(row, loss, upstream, lse[row], nll[row]);
+  factor[row] = g.factor;
+  at_target[row] = g.at_target;
+  flat[row] = g.flat;
+}
+
+__global__ void start_rows_of(int64_t rows, Partial* sums, AnchoredSum* anchored,
+                              float* target_logit) {
+  const int64_t row = row_of_thread();
+  if (row >= rows) return;
+  if (sums != nullptr) sums[row] = {-INFINITY, 0};
+  if (anchored != nullptr) anchored[row] = {-INFINITY, 0, 0};
+  target_logit[row] = -INFINITY;
+}
+
+__global__ void anchors_of(int64_t rows, const Partial* sums, const bool* counted, float* anchor) {
+  const int64_t row = row_of_thread();
+  if (row < rows) anchor[row] = counted[row] ? sums[row].largest : INFINITY;
 }
 
 // A block a pair of tiles.
@@ -130,13 +222,14 @@ __global__ void scale_rows_of(const __grid_constant__ Logits p, const __grid_con
                               const __grid_constant__ Exponentials e, __nv_bfloat16* scaled,
                               float* scale, float* entry) {
   const int64_t row = blockIdx.x;
-  const float factor = s.factor[row];
+  const auto gradient = gradient_of(row, s.loss, s.upstream, s.lse[row], s.nll[row]);
+  const float factor = gradient.factor;
   const float hit = exp2f(s.target_logit[row] * kLog2e - s.anchor[row]);
   const float total = s.sums[row].sum + hit;
   const float by = factor == 0 ? 0 : factor / total;
   if (threadIdx.x == 0) {
     const int target = p.target[row];
-    const float at_target = factor == 0 ? 0 : s.at_target[row] * total / factor;
+    const float at_target = factor == 0 ? 0 : gradient.at_target * total / factor;
     if (target >= 0) {
       auto* out = static_cast<__nv_bfloat16*>(e.out);
       out[row * e.out_stride + target] = __float2bfloat16_rn(at_target);
@@ -150,6 +243,20 @@ __global__ void scale_rows_of(const __grid_constant__ Logits p, const __grid_con
     Wide pack = *reinterpret_cast<const Wide*>(x + i);
     for (auto& value : pack.of) value = __float2bfloat16_rn(__bfloat162float(value) * by);
     *reinterpret_cast<Wide*>(scaled + row * p.dim + i) = pack;
+  }
+}
+
+// A block a row.
+template <int width>
+__global__ void copy_counted_of(int64_t dim, const __nv_bfloat16* x, int64_t stride,
+                                const bool* counted, __nv_bfloat16* out, int64_t out_dim) {
+  using Wide = Pack<__nv_bfloat16, width>;
+  const int64_t row = blockIdx.x;
+  const bool kept = counted[row];
+  for (int64_t i = threadIdx.x * width; i < out_dim; i += blockDim.x * width) {
+    Wide pack{};
+    if (kept && i < dim) pack = *reinterpret_cast<const Wide*>(x + row * stride + i);
+    *reinterpret_cast<Wide*>(out + row * out_dim + i) = pack;
   }
 }
 
@@ -178,7 +285,7 @@ __global__ void scale_in_place_of(T* x, int64_t count, const float* factor) {
   if (by == 1) return;
   constexpr int width = 16 / sizeof(T);
   using Wide = Pack<T, width>;
-  const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t first = row_of_thread();
   const int64_t step = int64_t{gridDim.x} * blockDim.x, wide = count / width;
   for (int64_t i = first; i < wide; i += step) {
     Wide pack = reinterpret_cast<const Wide*>(x)[i];
@@ -186,6 +293,23 @@ __global__ void scale_in_place_of(T* x, int64_t count, const float* factor) {
     reinterpret_cast<Wide*>(x)[i] = pack;
   }
   for (int64_t i = wide * width + first; i < count; i += step) assign(x[i], to_float(x[i]) * by);
+}
+
+__global__ void scale_to_bf16_of(const float* x, int64_t count, const float* factor,
+                                 __nv_bfloat16* out) {
+  constexpr int width = 4;
+  const float by = *factor;
+  const int64_t first = row_of_thread();
+  const int64_t step = int64_t{gridDim.x} * blockDim.x, wide = count / width;
+  for (int64_t i = first; i < wide; i += step) {
+    const auto pack = reinterpret_cast<const Pack<float, width>*>(x)[i];
+    Pack<__nv_bfloat16, width> rounded;
+    for (int j = 0; j < width; ++j) rounded.of[j] = __float2bfloat16_rn(pack.of[j] * by);
+    reinterpret_cast<Pack<__nv_bfloat16, width>*>(out)[i] = rounded;
+  }
+  for (int64_t i = wide * width + first; i < count; i += step) {
+    out[i] = __float2bfloat16_rn(x[i] * by);
+  }
 }
 
 bool divides(int64_t width, std::initializer_list<int64_t> all) {
@@ -209,12 +333,9 @@ void launch_finish_hidden(int64_t rows, int64_t dim, const HiddenGradient& g, cu
   }
 }
 
-template <class T>
-void launch_scale_in_place(void* x, int64_t count, const float* factor, cudaStream_t stream) {
-  constexpr int64_t kMost = 8 * 132;
-  const auto blocks = blocks_of(count, kThreads * 16 / sizeof(T));
-  scale_in_place_of<<<static_cast<unsigned>(std::min<int64_t>(blocks, kMost)), kThreads, 0,
-                      stream>>>(static_cast<T*>(x), count, factor);
+// Of kernels that loop over elements: enough to fill the GPU.
+unsigned loop_blocks(int64_t count, int64_t each) {
+  return std::min(blocks_of(count, kThreads * each), 16u * 132);
 }
 
 }  // namespace
@@ -232,16 +353,55 @@ cudaError_t add_slots(const Logits& logits, const AnchoredSum* slots, AnchoredSu
   return launch_add_slots(logits, slots, sums, only, stream);
 }
 
-cudaError_t finish_rows(int64_t rows, const Partial* sums, const float* target_logit, float* lse,
-                        float* nll, cudaStream_t stream) {
-  finish_partial<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, sums, target_logit, lse,
-                                                                     nll);
+cudaError_t describe_tokens(int64_t rows, const TargetRows& targets, const TokenRows& tokens,
+                            cudaStream_t stream) {
+  describe_tokens_of<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, targets, tokens);
+  sum_weights<<<1, kSumThreads, 0, stream>>>(rows, tokens);
   return cudaGetLastError();
 }
-cudaError_t finish_rows(int64_t rows, const float* anchor, const AnchoredSum* sums,
-                        const float* target_logit, float* lse, float* nll, cudaStream_t stream) {
-  finish_anchored<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, anchor, sums,
-                                                                      target_logit, lse, nll);
+
+cudaError_t copy_counted(int64_t rows, int64_t dim, const void* x, int64_t stride,
+                         const bool* counted, void* out, int64_t out_dim, cudaStream_t stream) {
+  const bool wide = divides(8, {dim, stride}) && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  const auto launch = wide ? copy_counted_of<8> : copy_counted_of<1>;
+  launch<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
+      dim, static_cast<const __nv_bfloat16*>(x), stride, counted, static_cast<__nv_bfloat16*>(out),
+      out_dim);
+  return cudaGetLastError();
+}
+
+cudaError_t finish_rows(int64_t rows, const RowLoss& loss, const Partial* sums,
+                        const float* target_logit, const RowOutputs& out, cudaStream_t stream) {
+  finish_partial<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, loss, sums, target_logit,
+                                                                     out);
+  return cudaGetLastError();
+}
+cudaError_t finish_rows(int64_t rows, const RowLoss& loss, const float* anchor,
+                        const AnchoredSum* sums, const float* target_logit, const RowOutputs& out,
+                        cudaStream_t stream) {
+  finish_anchored<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, loss, anchor, sums,
+                                                                      target_logit, out);
+  return cudaGetLastError();
+}
+
+cudaError_t upstream_rows(int64_t rows, const RowLoss& loss, const RowUpstream& upstream,
+                          const float* lse, const float* nll, float* factor, float* at_target,
+                          float* flat, cudaStream_t stream) {
+  upstream_of<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, loss, upstream, lse, nll,
+                                                                  factor, at_target, flat);
+  return cudaGetLastError();
+}
+
+cudaError_t start_rows(int64_t rows, Partial* sums, AnchoredSum* anchored, float* target_logit,
+                       cudaStream_t stream) {
+  start_rows_of<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, sums, anchored,
+                                                                    target_logit);
+  return cudaGetLastError();
+}
+
+cudaError_t anchor_rows(int64_t rows, const Partial* sums, const bool* counted, float* anchor,
+                        cudaStream_t stream) {
+  anchors_of<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, sums, counted, anchor);
   return cudaGetLastError();
 }
 
@@ -275,10 +435,19 @@ cudaError_t finish_hidden(int64_t rows, int64_t dim, const HiddenGradient& gradi
 cudaError_t scale_in_place(void* x, bool is_fp32, int64_t count, const float* factor,
                            cudaStream_t stream) {
   if (is_fp32) {
-    launch_scale_in_place<float>(x, count, factor, stream);
+    scale_in_place_of<<<loop_blocks(count, 4), kThreads, 0, stream>>>(static_cast<float*>(x), count,
+                                                                      factor);
   } else {
-    launch_scale_in_place<__nv_bfloat16>(x, count, factor, stream);
+    scale_in_place_of<<<loop_blocks(count, 8), kThreads, 0, stream>>>(
+        static_cast<__nv_bfloat16*>(x), count, factor);
   }
+  return cudaGetLastError();
+}
+
+cudaError_t scale_to_bf16(const float* x, int64_t count, const float* factor, void* out,
+                          cudaStream_t stream) {
+  scale_to_bf16_of<<<loop_blocks(count, 4), kThreads, 0, stream>>>(
+      x, count, factor, static_cast<__nv_bfloat16*>(out));
   return cudaGetLastError();
 }
 

@@ -18,12 +18,69 @@ cudaError_t add_slots(const Logits& logits, const float* slots, float* sums, con
 cudaError_t add_slots(const Logits& logits, const AnchoredSum* slots, AnchoredSum* sums,
                       const int* only, cudaStream_t stream);
 
-// lse, and nll = lse - target's logit without cancellation; [rows].
-cudaError_t finish_rows(int64_t rows, const Partial* sums, const float* target_logit, float* lse,
-                        float* nll, cudaStream_t stream);
-cudaError_t finish_rows(int64_t rows, const float* anchor, const AnchoredSum* sums,
-                        const float* target_logit, float* lse, float* nll, cudaStream_t stream);
+// --- tokens
 
+struct TargetRows {
+  const void* target = nullptr;  // [rows] int64 or int32
+  bool is_int64 = true;
+  int64_t ignore_index = 0, vocab = 0;
+  const float* token_weight = nullptr;  // [rows] or null
+  const float* class_weight = nullptr;  // [vocab] or null
+};
+// Tokens of cce_reference.h; `place` = target, -1 where a row has none in the vocabulary.
+struct TokenRows {
+  int64_t* target = nullptr;
+  int* place = nullptr;
+  bool *counted = nullptr, *outside = nullptr;
+  float *weight = nullptr, *hit_weight = nullptr;  // [rows]
+  float* denominator = nullptr;                    // scalar
+};
+cudaError_t describe_tokens(int64_t rows, const TargetRows& targets, const TokenRows& tokens,
+                            cudaStream_t stream);
+
+// out [rows, out_dim] bf16: x [rows, dim] bf16 where `counted`, 0 elsewhere and behind dim.
+cudaError_t copy_counted(int64_t rows, int64_t dim, const void* x, int64_t stride,
+                         const bool* counted, void* out, int64_t out_dim, cudaStream_t stream);
+
+// --- losses and their upstream
+
+// The loss of a row, and what of it the row brings.
+struct RowLoss {
+  const bool* counted = nullptr;                         // [rows]
+  const float *weight = nullptr, *hit_weight = nullptr;  // [rows]
+  float smoothing = 0, z_loss = 0, softcap = 0, logit_scale = 1, vocab = 0;
+};
+// [rows], 0 where not counted. The loss is that without smoothing's share.
+struct RowOutputs {
+  float *lse = nullptr, *nll = nullptr, *loss = nullptr, *z_loss = nullptr;
+};
+// nll = lse - target's logit without cancellation.
+cudaError_t finish_rows(int64_t rows, const RowLoss& loss, const Partial* sums,
+                        const float* target_logit, const RowOutputs& out, cudaStream_t stream);
+cudaError_t finish_rows(int64_t rows, const RowLoss& loss, const float* anchor,
+                        const AnchoredSum* sums, const float* target_logit, const RowOutputs& out,
+                        cudaStream_t stream);
+
+// Of the row's loss and, or null, of its lse; stride 0 repeats a scalar.
+struct RowUpstream {
+  const float* loss = nullptr;
+  int64_t loss_stride = 0;
+  const float* lse = nullptr;
+  int64_t lse_stride = 0;
+};
+// LogitGradient's factor and at_target; flat: what smoothing takes from every entry; [rows].
+cudaError_t upstream_rows(int64_t rows, const RowLoss& loss, const RowUpstream& upstream,
+                          const float* lse, const float* nll, float* factor, float* at_target,
+                          float* flat, cudaStream_t stream);
+
+// --- exponentials
+
+// Everything as no logit has been seen; either may be null.
+cudaError_t start_rows(int64_t rows, Partial* sums, AnchoredSum* anchored, float* target_logit,
+                       cudaStream_t stream);
+// The largest logit of `sums`, +inf where not counted.
+cudaError_t anchor_rows(int64_t rows, const Partial* sums, const bool* counted, float* anchor,
+                        cudaStream_t stream);
 // Where a row's exponentials are too large for their anchor: again [pairs of tiles] = 1, the
 // anchor becomes its largest logit, and the pair's sums start anew.
 cudaError_t find_overflow(int64_t rows, float* anchor, AnchoredSum* sums, const float* target_logit,
@@ -33,11 +90,10 @@ cudaError_t find_overflow(int64_t rows, float* anchor, AnchoredSum* sums, const 
 // at_target_m / scale_m. The same gradient is e scaled from one side: for the classifier's the
 // hidden state is scaled, for the hidden state's its sum, with the target's share in fp32.
 struct Scaling {
-  const float* factor = nullptr;     // [rows] as LogitGradient's
-  const float* at_target = nullptr;  // [rows]
-  const float* anchor = nullptr;
+  RowLoss loss;
+  RowUpstream upstream;
+  const float *lse = nullptr, *nll = nullptr, *anchor = nullptr, *target_logit = nullptr;
   const AnchoredSum* sums = nullptr;
-  const float* target_logit = nullptr;
 };
 // scaled [rows, dim] bf16 = scale_m x_m; `exponentials` gets the target's entries; scale [rows];
 // entry [rows]: the target's entry, less what rounding added to the others.
@@ -63,5 +119,8 @@ cudaError_t finish_hidden(int64_t rows, int64_t dim, const HiddenGradient& gradi
 // x [count] *= *factor, bf16 or fp32. A factor of 1 costs a launch.
 cudaError_t scale_in_place(void* x, bool is_fp32, int64_t count, const float* factor,
                            cudaStream_t stream);
+// out [count] bf16 = *factor x, 16-byte aligned.
+cudaError_t scale_to_bf16(const float* x, int64_t count, const float* factor, void* out,
+                          cudaStream_t stream);
 
 }  // namespace ounce::cce

@@ -200,6 +200,7 @@ __device__ void finish_logits(const Logits& p, const Lane& at, int first, Accumu
 template <class F>
 __device__ void take_targets(const Logits& p, const Lane& at, int first_row, int first,
                              Accumulators& d, const F& f) {
+  if (p.target == nullptr) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll

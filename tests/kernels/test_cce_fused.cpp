@@ -42,7 +42,7 @@ double relative_to(const Tensor& ours, const Tensor& exact) {
 
 // The gradient of the hidden state errs by one rounding where a row's mass is spread; where a few
 // entries carry it, by what rounding their dloss/dlogits adds, as every bf16 GEMM does.
-constexpr double kSpread = 1.2, kPeaked = 1.8;
+constexpr double kSpread = 1.2, kPeaked = 2;
 
 void expect_close(const CceCase& c, double hidden_bound, Recompute recompute) {
   auto ours = c.as(at::kBFloat16), exact = c.as(at::kDouble);
@@ -148,7 +148,7 @@ TEST_P(CceFused, LogitsFarApartAndOffsets) {
 TEST_P(CceFused, ExponentialsThatOverflowTheirAnchorAreMadeAgain) {
   auto c = random_case({600}, 256, 3000);
   auto weight = c.weight.detach() * 24;
-  weight.slice(0, 0, 3000, 64).zero_();
+  weight.slice(0, 0, 3000, 128).zero_();
   c.weight = weight;
   for (const double share : {1.0, 0.01}) {  // of the rows
     auto some = c;

@@ -99,6 +99,31 @@ class LinearCrossEntropy(unittest.TestCase):
         expected = OP(hidden.bfloat16(), weight, target)[0]
         self.assertTrue(torch.equal(loss, expected))
 
+    @unittest.skipUnless(torch.cuda.is_available(), "no GPU")
+    def test_on_a_gpu_compiled_and_captured(self):
+        hidden, weight, target = make(torch.bfloat16, batch=4, length=100, dim=64, vocab=1000,
+                                      extras=False)
+        leaves = [t.detach().cuda().requires_grad_() for t in (hidden, weight)]
+        target = target.cuda()
+
+        def step(hidden, weight, recompute):
+            loss = OP(hidden, weight, target, recompute=recompute)[0]
+            return (loss, *torch.autograd.grad(loss, (hidden, weight)))
+
+        for recompute in ("auto", "never", "always"):
+            eager = step(*leaves, recompute)
+            run = torch.compile(lambda h, w: OP(h, w, target, recompute=recompute)[0],
+                                fullgraph=True, backend="aot_eager")
+            loss = run(*leaves)
+            compiled = (loss, *torch.autograd.grad(loss, leaves))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = step(*leaves, recompute)
+            graph.replay()
+            for a, b, c in zip(eager, compiled, captured):
+                self.assertTrue(torch.equal(a, b))
+                self.assertTrue(torch.equal(a, c))
+
     def test_errors_are_python_exceptions(self):
         hidden, weight, target = make(extras=False)
         with self.assertRaisesRegex(RuntimeError, "expected reduction = none, mean or sum, got 'avg'"):

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: MIT
+// Forward with its gradients: three products, with the exponentials of a chunk of tokens in memory.
+#include <ounce/kernels/cce/cce_fused_parts.h>
+
+#include <utility>
+
+namespace ounce::fused {
+
+namespace {
+
+constexpr int64_t kExponentialBytes = int64_t{5} << 29;  // at most a 16th of the GPU's memory
+constexpr int64_t kSampled = 128;  // every so many rows of the classifier give the anchors
+constexpr int64_t kWhole = 64;     // entries of the vocabulary
+
+// Tokens a chunk, whose exponentials fit the workspace; 0 = not even one pair of tiles does.
+int64_t chunk_rows(int64_t rows, int64_t vocab, const LinearCrossEntropyOptions& o) {
+  auto bytes = o.workspace_bytes();
+  if (bytes < 0) {
+    const auto memory = at::cuda::getCurrentDeviceProperties()->totalGlobalMem;
+    bytes = std::min(kExponentialBytes, static_cast<int64_t>(memory / 16));
+  }
+  const auto most = bytes / (2 * aligned(vocab));
+  if (most >= rows) return rows;
+  const auto whole = most / cce::kPairRows * cce::kPairRows;
+  if (whole == 0) return 0;
+  const auto chunks = (rows + whole - 1) / whole;
+  const auto even = (rows + chunks - 1) / chunks;
+  return (even + cce::kPairRows - 1) / cce::kPairRows * cce::kPairRows;
+}
+
+reference::Tokens narrow(const reference::Tokens& t, int64_t from, int64_t count) {
+  const auto part = [&](const Tensor& x) { return x.narrow(0, from, count); };
+  return {part(t.target),     part(t.counted), part(t.outside), part(t.weight),
+          part(t.hit_weight), t.denominator,   part(t.place)};
+}
+
+// The exponentials e of a chunk of tokens, relative to an anchor a row, and what they give.
+class Chunk {
+ public:
+  // e: scratch [>= rows, stride] bf16
+  Chunk(const Tensor& hidden, const Slabs& slabs, const Tensor& sampled, int64_t vocab,
+        reference::Tokens tokens, const Tensor& e, const LinearCrossEntropyOptions& o)
+      : slabs_(slabs),
+        tokens_(std::move(tokens)),
+        loss_(row_loss(tokens_, vocab, o)),
+        e_(e.narrow(0, 0, hidden.size(0))),
+        options_(o),
+        x_(counted_rows(hidden, tokens_)) {
+    const auto rows = x_.size(0);
+    const auto fp32 = x_.options().dtype(at::kFloat);
+    anchor_ = at::empty({rows}, fp32);
+    target_logit_ = at::empty({rows}, fp32);
+    sums_ = at::empty({rows, 3}, fp32);
+    find_anchors(sampled);
+    add_exponentials(nullptr);
+    auto again = at::empty({(rows + cce::kPairRows - 1) / cce::kPairRows}, tokens_.place.options());
+    C10_CUDA_CHECK(cce::find_overflow(rows, anchor_.data_ptr<float>(), sums(),
+                                      target_logit_.const_data_ptr<float>(), again.data_ptr<int>(),
+                                      stream_));
+    add_exponentials(again.const_data_ptr<int>());
+  }
+
+  void write_outputs(const cce::RowOutputs& out) {
+    lse_ = out.lse, nll_ = out.nll;
+    C10_CUDA_CHECK(cce::finish_rows(x_.size(0), loss_, anchor_.const_data_ptr<float>(), sums(),
+                                    target_logit_.const_data_ptr<float>(), out, stream_));
+  }
+
+  // After that: the upstream of each row's loss -> e with its target's entry, and each row's scale.
+  void scale(const cce::RowUpstream& upstream) {
+    const auto rows = x_.size(0);
+    scaled_ = at::empty_like(x_);
+    scale_ = at::empty({rows}, anchor_.options());
+    entry_ = at::empty({rows}, anchor_.options());
+    C10_CUDA_CHECK(cce::scale_rows({.hidden = x_.const_data_ptr(),
+                                    .rows = rows,
+                                    .dim = x_.size(1),
+                                    .hidden_stride = x_.stride(0),
+                                    .target = tokens_.place.const_data_ptr<int>()},
+                                   {.loss = loss_,
+                                    .upstream = upstream,
+                                    .lse = lse_,
+                                    .nll = nll_,
+                                    .anchor = anchor_.const_data_ptr<float>(),
+                                    .target_logit = target_logit_.const_data_ptr<float>(),
+                                    .sums = sums()},
+                                   exponentials(0, nullptr), scaled_.data_ptr(),
+                                   scale_.data_ptr<float>(), entry_.data_ptr<float>(), stream_));
+  }
+
+  // Before scale(), while e is 0 at the targets: product [rows, D] fp32 = e C.
+  void multiply_classifier(Tensor product) const {
+    slabs_.each([&](int64_t first, const Tensor& slab, const float*) {
+      each_part(slab.size(0), [&](int64_t from, int64_t count) {
+        const auto e = e_.narrow(1, first + from, count);
+        const auto c = slab.narrow(0, from, count);
+        if (first + from == 0) {
+          at::mm_out(product, e, c, at::kFloat);
+        } else {
+          at::addmm_out(product, product, e, c, at::kFloat);
+        }
+      });
+    });
+  }
+  // That product -> the hidden state's gradient.
+  void finish_hidden(const Tensor& product, const Tensor& weight) const {
+    fused::finish_hidden(product, product, scale_, entry_, weight, tokens_.place);
+  }
+  // sum [V, D] bf16 or fp32, overwritten by the first chunk.
+  void add_weight_gradient(const Tensor& sum, bool first) const {
+    each_part(sum.size(0), [&](int64_t from, int64_t count) {
+      const auto e = e_.narrow(1, from, count).t();
+      auto part = sum.narrow(0, from, count);
+      if (sum.scalar_type() == at::kFloat) {
+        if (first) {
+          at::mm_out(part, e, scaled_, at::kFloat);
+        } else {
+          at::addmm_out(part, part, e, scaled_, at::kFloat);
+        }
+      } else if (first) {
+        at::mm_out(part, e, scaled_);
+      } else {
+        at::addmm_out(part, part, e, scaled_);
+      }
+    });
+  }
+
+ private:
+  cce::AnchoredSum* sums() const { return static_cast<cce::AnchoredSum*>(sums_.data_ptr()); }
+  cce::Exponentials exponentials(int64_t from, const int* only) const {
+    return {.anchor = anchor_.const_data_ptr<float>(),
+            .out = static_cast<char*>(e_.data_ptr()) + from * e_.element_size(),
+            .out_stride = e_.stride(0),
+            .only = only};
+  }
+  // A sampled logit of each row that is not far below the largest.
+  void find_anchors(const Tensor& sampled) {
+    const auto rows = x_.size(0);
+    auto best = at::empty({rows, 2}, anchor_.options());
+    auto* first = static_cast<cce::Partial*>(best.data_ptr());
+    auto* target_logit = target_logit_.data_ptr<float>();
+    C10_CUDA_CHECK(cce::start_rows(rows, first, sums(), target_logit, stream_));
+    const auto logits = logits_of(x_, sampled, nullptr, {}, options_);
+    auto slots = at::empty({logits.schedule.partials(), 2}, anchor_.options());
+    C10_CUDA_CHECK(cce::add_exponentials(logits, static_cast<cce::Partial*>(slots.data_ptr()),
+                                         first, target_logit, stream_));
+    C10_CUDA_CHECK(
+        cce::anchor_rows(rows, first, loss_.counted, anchor_.data_ptr<float>(), stream_));
+  }
+  void add_exponentials(const int* only) {
+    slabs_.each([&](int64_t from, const Tensor& slab, const float*) {
+      const auto in_slab = from == 0 ? tokens_.place : tokens_.place - from;
+      const auto logits = logits_of(x_, slab, nullptr, in_slab, options_);
+      auto slots = at::empty({logits.schedule.partials(), 3}, anchor_.options());
+      C10_CUDA_CHECK(cce::exponentials(logits, exponentials(from, only),
+                                       static_cast<cce::AnchoredSum*>(slots.data_ptr()), sums(),
+                                       target_logit_.data_ptr<float>(), stream_));
+    });
+  }
+  // A GEMM with a size that is not a multiple of 64 takes several times as long: the rest goes
+  // alone.
+  template <class F>
+  static void each_part(int64_t entries, const F& f) {
+    const auto whole = entries / kWhole * kWhole;
+    if (whole > 0) f(0, whole);
+    if (whole < entries) f(whole, entries - whole);
+  }
+
+  const Slabs& slabs_;
+  const reference::Tokens tokens_;
+  const cce::RowLoss loss_;
+  const Tensor e_;
+  const LinearCrossEntropyOptions& options_;
+  const Tensor x_;
+  Tensor anchor_, sums_, target_logit_;  // [rows], [rows, 3], [rows]
+  Tensor scaled_, scale_, entry_;        // [rows, D] bf16, [rows], [rows]
+  const float *lse_ = nullptr, *nll_ = nullptr;
+  const c10::cuda::CUDAStream stream_ = c10::cuda::getCurrentCUDAStream();
+};
+
+}  // namespace
+
+bool keeps_exponentials(const Tensor& hidden, const Tensor& weight, bool has_bias,
+                        const LinearCrossEntropyOptions& o) {
+  if (!hidden.is_cuda() || hidden.scalar_type() != at::kBFloat16) return false;
+  const c10::cuda::CUDAGuard guard(hidden.device());
+  if (clusters() == 0 || has_bias || o.label_smoothing() > 0 || o.return_correct() ||
+      o.grad_mode() != GradMode::kExact) {
+    return false;
+  }
+  // A trace may know the tensors by symbols.
+  const auto vocab = weight.sym_size(0).guard_int(__FILE__, __LINE__);
+  const auto dim = weight.sym_size(1).guard_int(__FILE__, __LINE__);
+  return dim % kAlignment == 0 && chunk_rows(cce::kPairRows, vocab, o) > 0;
+}
+
+std::tuple<reference::ForwardRows, Tensor, Tensor> linear_cross_entropy_rows_with_gradients(
+    const Tensor& grad_rows, const Tensor& hidden, const Tensor& weight,
+    const reference::Tokens& tokens, const LinearCrossEntropyOptions& o,
+    std::array<bool, 2> wanted) {
+  const c10::cuda::CUDAGuard guard(hidden.device());
+  const auto rows = hidden.size(0), vocab = weight.size(0), step = chunk_rows(rows, vocab, o);
+  const auto fp32 = hidden.options().dtype(at::kFloat);
+  const auto out = empty_outputs(rows, fp32);
+  const auto grad_hidden = at::empty(wanted[0] ? hidden.sizes() : at::IntArrayRef{0}, fp32);
+  // Rounding a sum of two chunks once more is within the error of a rounded gradient; of many,
+  // it would add up.
+  const bool sums_fp32 = weight.scalar_type() == at::kFloat || rows > 2 * step;
+  Tensor grad_weight = at::empty(wanted[1] ? weight.sizes() : at::IntArrayRef{0},
+                                 sums_fp32 ? fp32 : weight.options());
+  {
+    const Slabs slabs(weight, {}, vocab);
+    const auto sampled = operand(weight.slice(0, 0, vocab, kSampled));
+    const auto e = at::empty({step, aligned(vocab)}, hidden.options());
+    for (int64_t from = 0; from < rows; from += step) {
+      const auto count = std::min(step, rows - from);
+      Chunk chunk(hidden.narrow(0, from, count), slabs, sampled, vocab, narrow(tokens, from, count),
+                  e, o);
+      chunk.write_outputs(row_outputs(out, from));
+      const auto product = wanted[0] ? grad_hidden.narrow(0, from, count) : grad_hidden;
+      if (wanted[0]) chunk.multiply_classifier(product);
+      chunk.scale(row_upstream(grad_rows, {}));
+      if (wanted[0]) chunk.finish_hidden(product, weight);
+      if (wanted[1]) chunk.add_weight_gradient(grad_weight, from == 0);
+    }
+  }
+  return {out, grad_hidden, grad_weight.to(weight.scalar_type())};
+}
+
+}  // namespace ounce::fused
