@@ -73,7 +73,14 @@ def record(build):
                 skipped = test["result"] == "SKIPPED"
                 counts[family]["failed" if "failures" in test else "skipped" if skipped else "passed"] += 1
     place = os.path.join(HERE, "results", f"tests-{name}.json")
-    result = {family: {"files": hash_of(folder), **counts[family]} for family, folder in families().items()}
+    result = {}
+    if os.path.exists(place):
+        with open(place) as file:
+            result = json.load(file)
+    # A family without a test in this run keeps its record.
+    for family, folder in families().items():
+        if any(counts[family].values()):
+            result[family] = {"files": hash_of(folder), **counts[family]}
     os.makedirs(os.path.dirname(place), exist_ok=True)
     with open(place, "w") as file:
         json.dump(result, file, indent=1)

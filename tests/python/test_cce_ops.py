@@ -116,6 +116,12 @@ class LinearCrossEntropy(unittest.TestCase):
                                 fullgraph=True, backend="aot_eager")
             loss = run(*leaves)
             compiled = (loss, *torch.autograd.grad(loss, leaves))
+            # PyTorch's rule: what is captured has run before on a stream of its own.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(*leaves, recompute)
+            torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 captured = step(*leaves, recompute)
