@@ -16,9 +16,9 @@
 // gradient 0 whatever they hold, NaN included; without a counted token the loss is 0 (see
 // empty_is_nan). With weights at their defaults, -row is the token's log-probability.
 //
-// Computed in fp32 for fp16, bf16 and fp32, in fp64 for fp64. The weight's gradient is accumulated
-// in that precision and rounded once. Extra memory: workspace_bytes, and an accumulator of V*D*4
-// bytes in backward when the weight has 16 bits; README.md has it exactly. Never synchronises the
+// Computed in fp32 for fp16, bf16 and fp32, in fp64 for fp64; the weight's gradient is accumulated
+// in that precision. Extra memory: workspace_bytes, and an accumulator of V*D*4 bytes when the
+// weight has 16 bits; README.md has it exactly. Never synchronises the
 // host, except with validate_targets. A second backward over a retained graph is allowed; double
 // backward throws.
 //
@@ -51,7 +51,7 @@ enum class GradMode {
 // How the gradients of a sum or a mean are made: a matter of time and memory.
 enum class Recompute {
   kAuto,   // kNever where the fused path does it in three products, kAlways elsewhere
-  kNever,  // by forward, which holds them until backward
+  kNever,  // by forward, which holds them until backward; as kAlways with an fp16 weight
   // By backward, from logits made again: a fourth product. Also with Reduction::kNone, and for the
   // gradient of lse.
   kAlways
@@ -75,29 +75,38 @@ struct LinearCrossEntropyOptions {
   TORCH_ARG(std::optional<double>, filter_eps) = std::nullopt;
   TORCH_ARG(bool, return_lse) = false;  // differentiable
   TORCH_ARG(bool, return_z_loss) = false;
+  TORCH_ARG(bool, return_log_prob) = false;
+  TORCH_ARG(bool, return_entropy) = false;  // differentiable
   TORCH_ARG(bool, return_correct) = false;  // costs one more pass over the logits
   // Throws for a target that is neither ignore_index nor in [0, V); synchronises the host. Without
   // it such a target makes its row's loss, and every gradient it touches, NaN.
   TORCH_ARG(bool, validate_targets) = false;
 
   // These change time, memory and rounding only.
-  // -1: 128 MiB on a CPU and for the fused path, else 512 MiB.
+  // -1: 128 MiB on a CPU and for the fused path's backward, at most 2.5 GiB where its forward makes
+  // the gradients, else 512 MiB.
   TORCH_ARG(int64_t, workspace_bytes) = -1;
   TORCH_ARG(Recompute, recompute) = Recompute::kAuto;
   TORCH_ARG(bool, deterministic) = true;
   TORCH_ARG(at::ScalarType, accum) = at::kFloat;  // of the gradients; fp64 inputs use fp64
   // auto | fused | reference. Fused: bf16 hidden on a Hopper GPU, without filter, return_correct,
-  // or smoothing beside a softcap or class weights. "fused" throws where that does not fit; "auto"
-  // takes the reference, and on a GPU warns once for each reason (OUNCE_STRICT=1: throws).
+  // return_entropy, or smoothing beside a softcap or class weights. "fused" throws where that does
+  // not fit; "auto" takes the reference, and on a GPU warns once for each reason (OUNCE_STRICT=1:
+  // throws).
   TORCH_ARG(std::string, implementation) = "auto";
 };
 
 // Tensors that were not asked for are undefined. "Per token" has the target's shape. Floating
-// tensors are fp32, or fp64 for fp64 inputs; only loss and lse carry gradients.
+// tensors are fp32, or fp64 for fp64 inputs; only loss, lse and entropy carry
+// gradients.
 struct LinearCrossEntropyOutput {
-  at::Tensor loss;          // scalar, or per token with Reduction::kNone
-  at::Tensor n_valid;       // int64 scalar: counted tokens
-  at::Tensor lse;           // L per token, 0 where ignored
+  at::Tensor loss;     // scalar, or per token with Reduction::kNone
+  at::Tensor n_valid;  // int64 scalar: counted tokens
+  at::Tensor lse;      // L per token, 0 where ignored
+  // log p_y per token, 0 where ignored: -row of an unweighted, unsmoothed Reduction::kNone, which
+  // carries a gradient.
+  at::Tensor log_prob;
+  at::Tensor entropy;       // -sum_j p_j log p_j per token, 0 where ignored
   at::Tensor z_loss;        // the share of z_loss in loss, reduced as loss is
   at::Tensor correct;       // bool per token: the first largest logit is the target's
   at::Tensor dropped_mass;  // per token, with a filter: sum of the probabilities in dropped tiles

@@ -30,8 +30,11 @@ int64_t chunk_rows(int64_t rows, int64_t vocab, const LinearCrossEntropyOptions&
 
 reference::Tokens narrow(const reference::Tokens& t, int64_t from, int64_t count) {
   const auto part = [&](const Tensor& x) { return x.narrow(0, from, count); };
-  return {part(t.target),     part(t.counted), part(t.outside), part(t.weight),
-          part(t.hit_weight), t.denominator,   part(t.place)};
+  return {.counted = part(t.counted),
+          .weight = part(t.weight),
+          .hit_weight = part(t.hit_weight),
+          .denominator = t.denominator,
+          .place = part(t.place)};
 }
 
 // The exponentials e of a chunk of tokens, relative to an anchor a row, and what they give.
@@ -81,7 +84,6 @@ class Chunk {
                                     .upstream = upstream,
                                     .lse = lse_,
                                     .nll = nll_,
-                                    .anchor = anchor_.const_data_ptr<float>(),
                                     .target_logit = target_logit_.const_data_ptr<float>(),
                                     .sums = sums()},
                                    exponentials(0, nullptr), scaled_.data_ptr(),
@@ -185,17 +187,18 @@ bool keeps_exponentials(const Tensor& hidden, const Tensor& weight, bool has_bia
   if (!hidden.is_cuda() || hidden.scalar_type() != at::kBFloat16) return false;
   const c10::cuda::CUDAGuard guard(hidden.device());
   if (clusters() == 0 || has_bias || o.label_smoothing() > 0 || o.return_correct() ||
-      o.grad_mode() != GradMode::kExact) {
+      o.return_entropy() || o.grad_mode() != GradMode::kExact) {
     return false;
   }
+  if (weight.dim() != 2) return false;  // which is refused later
   // A trace may know the tensors by symbols.
   const auto vocab = weight.sym_size(0).guard_int(__FILE__, __LINE__);
   const auto dim = weight.sym_size(1).guard_int(__FILE__, __LINE__);
-  return dim % kAlignment == 0 && chunk_rows(cce::kPairRows, vocab, o) > 0;
+  return vocab > 0 && dim % kAlignment == 0 && chunk_rows(cce::kPairRows, vocab, o) > 0;
 }
 
 std::tuple<reference::ForwardRows, Tensor, Tensor> linear_cross_entropy_rows_with_gradients(
-    const Tensor& grad_rows, const Tensor& hidden, const Tensor& weight,
+    const Tensor& upstream, const Tensor& hidden, const Tensor& weight,
     const reference::Tokens& tokens, const LinearCrossEntropyOptions& o,
     std::array<bool, 2> wanted) {
   const c10::cuda::CUDAGuard guard(hidden.device());
@@ -219,7 +222,7 @@ std::tuple<reference::ForwardRows, Tensor, Tensor> linear_cross_entropy_rows_wit
       chunk.write_outputs(row_outputs(out, from));
       const auto product = wanted[0] ? grad_hidden.narrow(0, from, count) : grad_hidden;
       if (wanted[0]) chunk.multiply_classifier(product);
-      chunk.scale(row_upstream(grad_rows, {}));
+      chunk.scale(row_upstream(upstream, {}));
       if (wanted[0]) chunk.finish_hidden(product, weight);
       if (wanted[1]) chunk.add_weight_gradient(grad_weight, from == 0);
     }

@@ -43,15 +43,18 @@ bool keeps_exponentials(const at::Tensor& hidden, const at::Tensor& weight, bool
                         const LinearCrossEntropyOptions& options);
 
 // Forward and the gradients of hidden, in fp32, and weight, each an empty [0] tensor where `wanted`
-// is false: three products of 2NDV FLOP.
+// is false: three products of 2NDV FLOP. `upstream` of every row's loss: an fp32 scalar.
 std::tuple<reference::ForwardRows, at::Tensor, at::Tensor> linear_cross_entropy_rows_with_gradients(
-    const at::Tensor& grad_rows, const at::Tensor& hidden, const at::Tensor& weight,
+    const at::Tensor& upstream, const at::Tensor& hidden, const at::Tensor& weight,
     const reference::Tokens& tokens, const LinearCrossEntropyOptions& options,
     std::array<bool, 2> wanted);
 
-// gradient *= factor, a scalar; contiguous fp32 or bf16, factor fp32.
+// Whether the two below take them: a contiguous and aligned gradient of fp32 or bf16, a scalar fp32
+// factor, both on a GPU that this build knows.
+bool scales(const at::Tensor& gradient, const at::Tensor& factor);
+// gradient *= factor
 void scale_gradient(at::Tensor& gradient, const at::Tensor& factor);
-// factor gradient in bf16, of a contiguous fp32 gradient.
+// factor gradient in bf16, of an fp32 gradient.
 at::Tensor rounded_gradient(const at::Tensor& gradient, const at::Tensor& factor);
 
 }  // namespace ounce::fused

@@ -37,6 +37,18 @@ int64_t slab_entries(int64_t rows, int64_t vocab, int64_t dim, const LinearCross
 
 }  // namespace
 
+bool scales(const Tensor& gradient, const Tensor& factor) {
+  const auto type = gradient.scalar_type();
+  if (!gradient.is_cuda() || !gradient.is_contiguous() ||
+      (type != at::kFloat && type != at::kBFloat16) || factor.device() != gradient.device() ||
+      factor.numel() != 1 || factor.scalar_type() != at::kFloat ||
+      reinterpret_cast<uintptr_t>(gradient.const_data_ptr()) % 16 != 0) {
+    return false;
+  }
+  const c10::cuda::CUDAGuard guard(gradient.device());
+  return clusters() > 0;
+}
+
 void scale_gradient(Tensor& gradient, const Tensor& factor) {
   const c10::cuda::CUDAGuard guard(gradient.device());
   C10_CUDA_CHECK(cce::scale_in_place(gradient.data_ptr(), gradient.scalar_type() == at::kFloat,
@@ -64,6 +76,7 @@ std::string why_not(const Tensor& hidden, const Tensor& weight, const OptionalTe
   if (hidden.numel() / hidden.size(-1) > most || weight.size(0) > most) return "2^31 rows";
   if (o.grad_mode() != GradMode::kExact) return "a filter";
   if (o.return_correct()) return "return_correct";
+  if (o.return_entropy()) return "return_entropy";
   if (o.label_smoothing() > 0 && o.softcap() > 0) return "label smoothing with a softcap";
   if (o.label_smoothing() > 0 && class_weight) return "label smoothing with class weights";
   return "";
@@ -77,9 +90,7 @@ reference::Tokens describe_tokens(const Tensor& target, const OptionalTensor& to
   const auto make = [&](at::ScalarType type) {
     return at::empty({rows}, target.options().dtype(type));
   };
-  reference::Tokens t{.target = make(at::kLong),
-                      .counted = make(at::kBool),
-                      .outside = make(at::kBool),
+  reference::Tokens t{.counted = make(at::kBool),
                       .weight = make(at::kFloat),
                       .hit_weight = make(at::kFloat),
                       .denominator = at::empty({}, target.options().dtype(at::kFloat)),
@@ -97,10 +108,8 @@ reference::Tokens describe_tokens(const Tensor& target, const OptionalTensor& to
        .vocab = vocab,
        .token_weight = weights.defined() ? weights.const_data_ptr<float>() : nullptr,
        .class_weight = classes.defined() ? classes.const_data_ptr<float>() : nullptr},
-      {.target = t.target.data_ptr<int64_t>(),
-       .place = t.place.data_ptr<int>(),
+      {.place = t.place.data_ptr<int>(),
        .counted = t.counted.data_ptr<bool>(),
-       .outside = t.outside.data_ptr<bool>(),
        .weight = t.weight.data_ptr<float>(),
        .hit_weight = t.hit_weight.data_ptr<float>(),
        .denominator = t.denominator.data_ptr<float>()},

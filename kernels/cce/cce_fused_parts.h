@@ -44,7 +44,8 @@ inline Tensor operand(const Tensor& x) {
   const auto dim = x.size(1), padding = aligned(dim) - dim;
   if (padding > 0) return at::constant_pad_nd(x.to(at::kBFloat16), {0, padding});
   if (x.scalar_type() == at::kBFloat16 && is_aligned(x)) return x;
-  return x.to(at::kBFloat16).clone(at::MemoryFormat::Contiguous);
+  return x.to(x.options().dtype(at::kBFloat16), /*non_blocking=*/false, /*copy=*/true,
+              at::MemoryFormat::Contiguous);
 }
 
 // The classifier, all of it or in slabs of copies.
@@ -125,7 +126,7 @@ inline cce::RowLoss row_loss(const reference::Tokens& tokens, int64_t vocab,
 
 // [N] or a scalar of fp32; both outlive the call's kernels.
 inline cce::RowUpstream row_upstream(const Tensor& loss, const Tensor& lse) {
-  const auto stride = [](const Tensor& t) { return t.dim() == 0 ? 0 : t.stride(0); };
+  const auto stride = [](const Tensor& t) { return t.numel() == 1 ? 0 : t.stride(0); };
   return {.loss = loss.const_data_ptr<float>(),
           .loss_stride = stride(loss),
           .lse = lse.defined() ? lse.const_data_ptr<float>() : nullptr,
@@ -140,6 +141,7 @@ inline reference::ForwardRows empty_outputs(int64_t rows, const at::TensorOption
           .z_loss = of_rows(),
           .nll = of_rows(),
           .correct = at::empty({0}, fp32.dtype(at::kBool)),
+          .entropy = at::empty({0}, fp32),
           .dropped_mass = at::empty({0}, fp32)};
 }
 // Those of the rows from `from` on.
@@ -156,16 +158,16 @@ inline cce::RowOutputs row_outputs(const reference::ForwardRows& out, int64_t fr
 inline void finish_hidden(Tensor out, const Tensor& sum, const Tensor& scale, const Tensor& entry,
                           const Tensor& weight, const Tensor& target) {
   const auto rows = sum.size(0), dim = weight.size(1);
-  const auto c = weight.stride(1) == 1 ? weight : weight.contiguous();
   C10_CUDA_CHECK(
       cce::finish_hidden(rows, dim,
                          {.sum = sum.const_data_ptr<float>(),
                           .sum_stride = sum.stride(0),
                           .scale = scale.defined() ? scale.const_data_ptr<float>() : nullptr,
                           .entry = entry.const_data_ptr<float>(),
-                          .weight = c.const_data_ptr(),
-                          .weight_is_fp32 = c.scalar_type() == at::kFloat,
-                          .weight_stride = c.stride(0),
+                          .weight = weight.const_data_ptr(),
+                          .weight_is_fp32 = weight.scalar_type() == at::kFloat,
+                          .weight_stride = weight.stride(0),
+                          .weight_column_stride = weight.stride(1),
                           .target = target.const_data_ptr<int>(),
                           .out = out.data_ptr(),
                           .out_is_fp32 = out.scalar_type() == at::kFloat},

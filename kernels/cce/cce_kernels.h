@@ -51,7 +51,7 @@ cudaError_t logit_gradient(const Logits& logits, const LogitGradient& gradient, 
 
 // Of a row's exponentials 2^(z - anchor), z in powers of two, without the target's: their sum, and
 // what rounding to bf16 changed of the sum of what is made of them; where the sum is very large
-// (over 1e15 times 192), the largest logit, in powers of two.
+// (over 1e15 for every 48 entries), the largest logit, in powers of two.
 struct AnchoredSum {
   float largest, sum, rounding;
 };

@@ -28,10 +28,11 @@ using detail::kReductions;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// loss, lse, z_loss, n_valid, correct, dropped_mass, nll, and the loss's gradients of hidden (not
-// yet rounded to 16 bits), weight and bias; those without a value are empty [0] tensors.
-using Outputs =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// loss, lse, z_loss, n_valid, correct, dropped_mass, nll, entropy, and the loss's gradients of
+// hidden (not yet rounded to 16 bits), weight and bias; those without a value are empty [0]
+// tensors.
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                           Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 using Wanted = std::array<bool, 3>;  // of the gradients
 
@@ -90,17 +91,17 @@ bool is_fused(const Tensor& hidden, const Inputs& in, const CceOptions& o) {
 }
 
 Gradients backward_rows(bool fused, const Tensor& grad_rows, const Tensor& grad_lse,
-                        const Tensor& hidden, const Inputs& in, const reference::Tokens& tokens,
-                        const Saved& saved, const CceOptions& o, Wanted wanted,
-                        at::ScalarType hidden_type) {
+                        const Tensor& grad_entropy, const Tensor& hidden, const Inputs& in,
+                        const reference::Tokens& tokens, const Saved& saved, const CceOptions& o,
+                        Wanted wanted, at::ScalarType hidden_type) {
   if (fused) {
     return fused::linear_cross_entropy_rows_backward(grad_rows, grad_lse, hidden, in.weight,
                                                      in.bias, tokens, saved.lse, saved.nll, o,
                                                      wanted, hidden_type);
   }
-  return reference::linear_cross_entropy_rows_backward(grad_rows, grad_lse, hidden, in.weight,
-                                                       in.bias, in.class_weight, tokens, o, wanted,
-                                                       hidden_type);
+  return reference::linear_cross_entropy_rows_backward(grad_rows, grad_lse, grad_entropy, hidden,
+                                                       in.weight, in.bias, in.class_weight, tokens,
+                                                       o, wanted, hidden_type);
 }
 
 // Upstream of the rows' losses, from that of the loss.
@@ -110,11 +111,17 @@ Tensor upstream_of_rows(const Tensor& grad_loss, const reference::Tokens& tokens
   return o.reduction() == Reduction::kNone ? to_hidden_place(grad_loss, o.shift()) : grad_loss;
 }
 
-Outputs forward_kernel(const Inputs& in, const CceOptions& o, Wanted wanted) {
-  check_inputs(in, o);
+void check_wanted(const Inputs& in, const CceOptions& o, Wanted wanted) {
   OUNCE_CHECK(!any(wanted) || o.reduction() != Reduction::kNone,
               "[linear_cross_entropy] expected gradients of a scalar, got reduction = none; use "
               "mean, sum or autograd");
+  OUNCE_CHECK(!wanted[2] || in.bias,
+              "[linear_cross_entropy] expected a bias, whose gradient is asked for");
+}
+
+Outputs forward_kernel(const Inputs& in, const CceOptions& o, Wanted wanted) {
+  check_inputs(in, o);
+  check_wanted(in, o, wanted);
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (o.validate_targets()) check_targets(in, o);
   const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
@@ -137,7 +144,7 @@ Outputs forward_kernel(const Inputs& in, const CceOptions& o, Wanted wanted) {
                                                         tokens, o);
     if (any(wanted)) {
       std::tie(grad_hidden, grad_weight, grad_bias) =
-          backward_rows(fused, upstream(), at::zeros({}, tokens.weight.options()), hidden, in,
+          backward_rows(fused, upstream(), at::zeros({}, tokens.weight.options()), {}, hidden, in,
                         tokens, {rows.lse, rows.nll}, o, wanted, tokens.weight.scalar_type());
     }
   }
@@ -156,35 +163,36 @@ Outputs forward_kernel(const Inputs& in, const CceOptions& o, Wanted wanted) {
           o.return_correct() ? per_token(rows.correct) : rows.correct,
           o.grad_mode() == GradMode::kExact ? rows.dropped_mass : per_token(rows.dropped_mass),
           per_token(rows.nll),
+          o.return_entropy() ? per_token(rows.entropy) : rows.entropy,
           wanted[0] ? grad_hidden.view(in.hidden.sizes()) : grad_hidden,
           grad_weight,
           grad_bias};
 }
 
 Gradients backward_kernel(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                          const Inputs& in, const Saved& saved, const CceOptions& o,
-                          Wanted wanted) {
+                          const OptionalTensor& grad_entropy, const Inputs& in, const Saved& saved,
+                          CceOptions o, Wanted wanted) {
   check_inputs(in, o);
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
+  o.return_entropy(grad_entropy.has_value());
   const bool fused = is_fused(hidden, in, o);
   const auto tokens = tokens_of(fused, in, o);
-  const auto zero = at::zeros({}, tokens.weight.options());
-  auto [grad_hidden, grad_weight, grad_bias] =
-      backward_rows(fused, grad_loss ? upstream_of_rows(*grad_loss, tokens, o) : zero,
-                    grad_lse ? to_hidden_place(*grad_lse, o.shift()) : zero, hidden, in, tokens,
-                    {to_hidden_place(saved.lse, o.shift()), to_hidden_place(saved.nll, o.shift())},
-                    o, wanted, hidden.scalar_type());
+  const auto compute = tokens.weight.options();
+  const auto zero = at::zeros({}, compute);
+  auto [grad_hidden, grad_weight, grad_bias] = backward_rows(
+      fused, grad_loss ? upstream_of_rows(grad_loss->to(compute), tokens, o) : zero,
+      grad_lse ? to_hidden_place(grad_lse->to(compute), o.shift()) : zero,
+      grad_entropy ? to_hidden_place(*grad_entropy, o.shift()) : Tensor(), hidden, in, tokens,
+      {to_hidden_place(saved.lse, o.shift()), to_hidden_place(saved.nll, o.shift())}, o, wanted,
+      hidden.scalar_type());
   if (wanted[0]) grad_hidden = grad_hidden.view(in.hidden.sizes());
   return {grad_hidden, grad_weight, grad_bias};
 }
 
 void scale_kernel(const Tensor& gradient, const Tensor& factor) {
   auto in_place = gradient;
-  const bool ours =
-      gradient.is_cuda() && gradient.is_contiguous() &&
-      (gradient.scalar_type() == at::kFloat || gradient.scalar_type() == at::kBFloat16);
-  if (ours && factor.scalar_type() == at::kFloat) {
+  if (fused::scales(gradient, factor)) {
     fused::scale_gradient(in_place, factor);
   } else {
     in_place.mul_(factor);
@@ -192,9 +200,9 @@ void scale_kernel(const Tensor& gradient, const Tensor& factor) {
 }
 
 Tensor rounded_kernel(const Tensor& gradient, const Tensor& factor, at::ScalarType type) {
-  const bool ours = gradient.is_cuda() && gradient.is_contiguous() && type == at::kBFloat16 &&
-                    gradient.scalar_type() == at::kFloat && factor.scalar_type() == at::kFloat;
-  return ours ? fused::rounded_gradient(gradient, factor) : (gradient * factor).to(type);
+  const bool fits = gradient.scalar_type() == at::kFloat && type == at::kBFloat16;
+  if (fits && fused::scales(gradient, factor)) return fused::rounded_gradient(gradient, factor);
+  return (gradient * factor).to(type);
 }
 
 // --- Meta ---------------------------------------------------------------------------------------
@@ -204,6 +212,7 @@ Tensor like(bool full, const Tensor& t) {
 }
 
 Outputs forward_meta(const Inputs& in, const CceOptions& o, Wanted wanted) {
+  check_wanted(in, o, wanted);
   const auto compute = in.hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto options = in.hidden.options().dtype(compute);
   const auto per_token = [&](at::ScalarType type, bool full) {
@@ -220,13 +229,14 @@ Outputs forward_meta(const Inputs& in, const CceOptions& o, Wanted wanted) {
           per_token(at::kBool, o.return_correct()),
           per_token(compute, o.grad_mode() != GradMode::kExact),
           per_token(compute, true),
+          per_token(compute, o.return_entropy()),
           like(wanted[0], in.hidden).to(compute),
           like(wanted[1], in.weight),
           wanted[2] ? like(true, *in.bias) : at::empty({0}, in.weight.options())};
 }
 
-Gradients backward_meta(const OptionalTensor&, const OptionalTensor&, const Inputs& in,
-                        const Saved&, const CceOptions&, Wanted wanted) {
+Gradients backward_meta(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                        const Inputs& in, const Saved&, CceOptions, Wanted wanted) {
   return {like(wanted[0], in.hidden), like(wanted[1], in.weight),
           wanted[2] ? like(true, *in.bias) : at::empty({0}, in.weight.options())};
 }
@@ -246,9 +256,9 @@ Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& 
                       c10::string_view reduction, bool empty_is_nan, int64_t shift,
                       double label_smoothing, double z_loss, double softcap, double logit_scale,
                       c10::string_view grad_mode, std::optional<double> filter_eps,
-                      bool return_correct, bool validate_targets, int64_t workspace_bytes,
-                      c10::string_view recompute, bool deterministic, at::ScalarType accum,
-                      c10::string_view implementation, Wanted gradients) {
+                      bool return_correct, bool return_entropy, bool validate_targets,
+                      int64_t workspace_bytes, c10::string_view recompute, bool deterministic,
+                      at::ScalarType accum, c10::string_view implementation, Wanted gradients) {
   const auto options = CceOptions()
                            .ignore_index(ignore_index)
                            .reduction(kReductions.parse(reduction))
@@ -261,6 +271,7 @@ Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& 
                            .grad_mode(kGradModes.parse(grad_mode))
                            .filter_eps(filter_eps)
                            .return_correct(return_correct)
+                           .return_entropy(return_entropy)
                            .validate_targets(validate_targets)
                            .workspace_bytes(workspace_bytes)
                            .recompute(kRecomputes.parse(recompute))
@@ -270,14 +281,15 @@ Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& 
   return kernel({hidden, weight, target, bias, token_weight, class_weight}, options, gradients);
 }
 
-template <Gradients (*kernel)(const OptionalTensor&, const OptionalTensor&, const Inputs&,
-                              const Saved&, const CceOptions&, Wanted)>
+template <Gradients (*kernel)(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                              const Inputs&, const Saved&, CceOptions, Wanted)>
 Gradients backward_entry(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                         const Tensor& hidden, const Tensor& weight, const Tensor& target,
-                         const OptionalTensor& bias, const OptionalTensor& token_weight,
-                         const OptionalTensor& class_weight, const Tensor& lse, const Tensor& nll,
-                         int64_t ignore_index, c10::string_view reduction, int64_t shift,
-                         double label_smoothing, double z_loss, double softcap, double logit_scale,
+                         const OptionalTensor& grad_entropy, const Tensor& hidden,
+                         const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+                         const OptionalTensor& token_weight, const OptionalTensor& class_weight,
+                         const Tensor& lse, const Tensor& nll, int64_t ignore_index,
+                         c10::string_view reduction, int64_t shift, double label_smoothing,
+                         double z_loss, double softcap, double logit_scale,
                          c10::string_view grad_mode, std::optional<double> filter_eps,
                          int64_t workspace_bytes, bool deterministic, at::ScalarType accum,
                          c10::string_view implementation, Wanted wanted) {
@@ -295,20 +307,21 @@ Gradients backward_entry(const OptionalTensor& grad_loss, const OptionalTensor& 
                            .deterministic(deterministic)
                            .accum(accum)
                            .implementation(std::string(implementation));
-  return kernel(grad_loss, grad_lse, {hidden, weight, target, bias, token_weight, class_weight},
-                {lse, nll}, options, wanted);
+  return kernel(grad_loss, grad_lse, grad_entropy,
+                {hidden, weight, target, bias, token_weight, class_weight}, {lse, nll}, options,
+                wanted);
 }
 
 Outputs call_forward(const Inputs& in, const CceOptions& o, Wanted wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ounce::linear_cross_entropy", "")
                              .typed<decltype(forward_entry<forward_kernel>)>();
-  return op.call(in.hidden, in.weight, in.target, in.bias, in.token_weight, in.class_weight,
-                 o.ignore_index(), kReductions.text(o.reduction()), o.empty_is_nan(), o.shift(),
-                 o.label_smoothing(), o.z_loss(), o.softcap(), o.logit_scale(),
-                 kGradModes.text(o.grad_mode()), o.filter_eps(), o.return_correct(),
-                 o.validate_targets(), o.workspace_bytes(), kRecomputes.text(o.recompute()),
-                 o.deterministic(), o.accum(), o.implementation(), wanted);
+  return op.call(
+      in.hidden, in.weight, in.target, in.bias, in.token_weight, in.class_weight, o.ignore_index(),
+      kReductions.text(o.reduction()), o.empty_is_nan(), o.shift(), o.label_smoothing(), o.z_loss(),
+      o.softcap(), o.logit_scale(), kGradModes.text(o.grad_mode()), o.filter_eps(),
+      o.return_correct(), o.return_entropy(), o.validate_targets(), o.workspace_bytes(),
+      kRecomputes.text(o.recompute()), o.deterministic(), o.accum(), o.implementation(), wanted);
 }
 
 void call_scale(const Tensor& gradient, const Tensor& factor) {
@@ -326,12 +339,13 @@ Tensor call_rounded(const Tensor& gradient, const Tensor& factor, at::ScalarType
 }
 
 Gradients call_backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                        const Inputs& in, const Saved& saved, const CceOptions& o, Wanted wanted) {
+                        const OptionalTensor& grad_entropy, const Inputs& in, const Saved& saved,
+                        const CceOptions& o, Wanted wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ounce::linear_cross_entropy_backward", "")
                              .typed<decltype(backward_entry<backward_kernel>)>();
-  return op.call(grad_loss, grad_lse, in.hidden, in.weight, in.target, in.bias, in.token_weight,
-                 in.class_weight, saved.lse, saved.nll, o.ignore_index(),
+  return op.call(grad_loss, grad_lse, grad_entropy, in.hidden, in.weight, in.target, in.bias,
+                 in.token_weight, in.class_weight, saved.lse, saved.nll, o.ignore_index(),
                  kReductions.text(o.reduction()), o.shift(), o.label_smoothing(), o.z_loss(),
                  o.softcap(), o.logit_scale(), kGradModes.text(o.grad_mode()), o.filter_eps(),
                  o.workspace_bytes(), o.deterministic(), o.accum(), o.implementation(), wanted);
@@ -355,6 +369,8 @@ Wanted early_gradients(const Inputs& in, const CceOptions& o) {
                          in.bias && in.bias->requires_grad()};
   if (!any(wanted)) return {};
   if (o.reduction() == Reduction::kNone || o.recompute() == Recompute::kAlways) return {};
+  // What is too small for fp16 before a scaler's factor reaches it would be lost.
+  if (in.weight.scalar_type() == at::kHalf) return {};
   if (o.recompute() == Recompute::kNever) return wanted;
   const bool fused = o.implementation() != "reference" &&
                      fused::keeps_exponentials(in.hidden, in.weight, in.bias.has_value(), o);
@@ -370,7 +386,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
                                Wanted asked, Wanted early) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Inputs in{hidden, weight, target, bias, token_weight, class_weight};
-    auto [loss, lse, z_loss, n_valid, correct, dropped_mass, nll, grad_hidden, grad_weight,
+    auto [loss, lse, z_loss, n_valid, correct, dropped_mass, nll, entropy, grad_hidden, grad_weight,
           grad_bias] = call_forward(in, options, any(early) ? early : asked);
     variable_list saved = {hidden,
                            weight,
@@ -388,15 +404,18 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     ctx->save_for_backward(saved);
     ctx->saved_data["options"] =
         c10::IValue::make_capsule(c10::make_intrusive<SavedOptions>(options));
-    ctx->mark_non_differentiable(
-        {z_loss, n_valid, correct, dropped_mass, nll, grad_hidden, grad_weight, grad_bias});
+    variable_list constant = {z_loss, n_valid,     correct,     dropped_mass,
+                              nll,    grad_hidden, grad_weight, grad_bias};
+    if (!options.return_entropy()) constant.push_back(entropy);
+    ctx->mark_non_differentiable(constant);
     ctx->set_materialize_grads(false);
-    return {loss,         lse, z_loss,      n_valid,     correct,
-            dropped_mass, nll, grad_hidden, grad_weight, grad_bias};
+    return {loss, lse,     z_loss,      n_valid,     correct,  dropped_mass,
+            nll,  entropy, grad_hidden, grad_weight, grad_bias};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list out(9);
-    if (!grads[0].defined() && !grads[1].defined()) return out;
+    const auto &of_loss = grads[0], &of_lse = grads[1], &of_entropy = grads[7];
+    if (!of_loss.defined() && !of_lse.defined() && !of_entropy.defined()) return out;
     const auto saved = ctx->get_saved_variables();
     const auto bias = when_defined(saved[3]), token_weight = when_defined(saved[4]),
                class_weight = when_defined(saved[5]);
@@ -406,10 +425,11 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
                            bias && ctx->needs_input_grad(3)};
     // A graph of this backward leads to BackwardFunction, which refuses a second derivative.
     const bool early =
-        grads[0].defined() && ctx->saved_data["early"].toBool() && !at::GradMode::is_enabled();
-    if (!early || grads[1].defined()) {
+        of_loss.defined() && ctx->saved_data["early"].toBool() && !at::GradMode::is_enabled();
+    if (!early || of_lse.defined() || of_entropy.defined()) {
       auto [grad_hidden, grad_weight, grad_bias] =
-          call_backward(early ? std::nullopt : when_defined(grads[0]), when_defined(grads[1]),
+          call_backward(early ? std::nullopt : when_defined(of_loss), when_defined(of_lse),
+                        when_defined(of_entropy),
                         {saved[0], saved[1], saved[2], bias, token_weight, class_weight},
                         {saved[6], saved[7]}, options, wanted);
       if (wanted[0]) out[0] = grad_hidden;
@@ -420,13 +440,13 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     const auto put = [&](int place, const Tensor& gradient) {
       out[place] = out[place].defined() ? out[place].add_(gradient) : gradient;
     };
-    if (wanted[0]) put(0, call_rounded(saved[8], grads[0], saved[0].scalar_type()));
+    if (wanted[0]) put(0, call_rounded(saved[8], of_loss, saved[0].scalar_type()));
     // Nobody needs these again unless the graph is kept.
     const bool keep = torch::autograd::get_current_graph_task_keep_graph();
     const auto scaled = [&](const Tensor& gradient) {
-      if (keep) return gradient * grads[0].to(gradient.scalar_type());
-      call_scale(gradient, grads[0]);
-      return gradient;
+      const auto own = keep ? gradient.clone() : gradient;
+      call_scale(own, of_loss);
+      return own;
     };
     if (wanted[1]) put(1, scaled(saved[9]));
     if (wanted[2]) put(3, scaled(saved[10]));
@@ -438,15 +458,15 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
 class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
  public:
   static variable_list forward(AutogradContext*, const OptionalTensor& grad_loss,
-                               const OptionalTensor& grad_lse, const Tensor& hidden,
-                               const Tensor& weight, const Tensor& target,
+                               const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+                               const Tensor& hidden, const Tensor& weight, const Tensor& target,
                                const OptionalTensor& bias, const OptionalTensor& token_weight,
                                const OptionalTensor& class_weight, const Tensor& lse,
                                const Tensor& nll, const CceOptions& options, Wanted wanted) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [grad_hidden, grad_weight, grad_bias] = call_backward(
-        grad_loss, grad_lse, {hidden, weight, target, bias, token_weight, class_weight}, {lse, nll},
-        options, wanted);
+        grad_loss, grad_lse, grad_entropy,
+        {hidden, weight, target, bias, token_weight, class_weight}, {lse, nll}, options, wanted);
     return {grad_hidden, grad_weight, grad_bias};
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -465,15 +485,15 @@ Outputs forward_autograd(const Inputs& in, const CceOptions& o, Wanted asked) {
   auto out = ForwardFunction::apply(in.hidden, in.weight, in.target, in.bias, in.token_weight,
                                     in.class_weight, o, asked,
                                     any(asked) ? Wanted{} : early_gradients(in, o));
-  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], out[9]};
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8], out[9], out[10]};
 }
 
 Gradients backward_autograd(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                            const Inputs& in, const Saved& saved, const CceOptions& o,
-                            Wanted wanted) {
-  auto out =
-      BackwardFunction::apply(grad_loss, grad_lse, in.hidden, in.weight, in.target, in.bias,
-                              in.token_weight, in.class_weight, saved.lse, saved.nll, o, wanted);
+                            const OptionalTensor& grad_entropy, const Inputs& in,
+                            const Saved& saved, CceOptions o, Wanted wanted) {
+  auto out = BackwardFunction::apply(grad_loss, grad_lse, grad_entropy, in.hidden, in.weight,
+                                     in.target, in.bias, in.token_weight, in.class_weight,
+                                     saved.lse, saved.nll, o, wanted);
   return {out[0], out[1], out[2]};
 }
 
@@ -502,9 +522,11 @@ LinearCrossEntropyOutput linear_cross_entropy(const Tensor& hidden, const Tensor
   const auto bias_ = drop_undefined(bias), token_weight_ = drop_undefined(token_weight),
              class_weight_ = drop_undefined(class_weight);
   auto options = o;
-  // Whoever asks for lse may differentiate it, which takes the logits again.
-  if (o.return_lse() && o.recompute() == Recompute::kAuto) options.recompute(Recompute::kAlways);
-  auto [loss, lse, z_loss, n_valid, correct, dropped_mass, nll, grad_hidden, grad_weight,
+  // Whoever asks for these may differentiate them, which takes the logits again.
+  if ((o.return_lse() || o.return_entropy()) && o.recompute() == Recompute::kAuto) {
+    options.recompute(Recompute::kAlways);
+  }
+  auto [loss, lse, z_loss, n_valid, correct, dropped_mass, nll, entropy, grad_hidden, grad_weight,
         grad_bias] =
       call_forward({hidden, weight, target, bias_, token_weight_, class_weight_}, options, {});
   LinearCrossEntropyOutput out;
@@ -512,6 +534,8 @@ LinearCrossEntropyOutput linear_cross_entropy(const Tensor& hidden, const Tensor
   out.n_valid = std::move(n_valid);
   if (o.return_lse()) out.lse = std::move(lse);
   if (o.return_z_loss()) out.z_loss = std::move(z_loss);
+  if (o.return_log_prob()) out.log_prob = nll.neg();
+  if (o.return_entropy()) out.entropy = std::move(entropy);
   if (o.return_correct()) out.correct = std::move(correct);
   if (o.grad_mode() != GradMode::kExact) out.dropped_mass = std::move(dropped_mass);
   return out;
@@ -524,15 +548,18 @@ TORCH_LIBRARY_FRAGMENT(ounce, m) {
       "str reduction='mean', bool empty_is_nan=False, int shift=0, float label_smoothing=0., float "
       "z_loss=0., "
       "float softcap=0., float logit_scale=1., str grad_mode='exact', float? filter_eps=None, "
-      "bool return_correct=False, bool validate_targets=False, int workspace_bytes=-1, "
+      "bool return_correct=False, bool return_entropy=False, bool validate_targets=False, int "
+      "workspace_bytes=-1, "
       "str recompute='auto', bool deterministic=True, ScalarType accum=float, "
       "str implementation='auto', bool[3] gradients=[False, False, False]) -> "
       "(Tensor loss, Tensor lse, Tensor z_loss, Tensor n_valid, Tensor correct, "
-      "Tensor dropped_mass, Tensor nll, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+      "Tensor dropped_mass, Tensor nll, Tensor entropy, Tensor grad_hidden, Tensor grad_weight, "
+      "Tensor grad_bias)");
   m.def("scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()");
   m.def("rounded_gradient(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor");
   m.def(
-      "linear_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor hidden, "
+      "linear_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, "
+      "Tensor hidden, "
       "Tensor weight, Tensor target, Tensor? bias, Tensor? token_weight, Tensor? class_weight, "
       "Tensor lse, Tensor nll, *, int ignore_index, str reduction, int shift, float "
       "label_smoothing, float z_loss, "

@@ -30,13 +30,14 @@ int64_t slab_bytes(const Tensor& hidden, const LinearCrossEntropyOptions& option
   return std::max(int64_t{64} << 20, workspace_bytes(hidden, options) / 4);
 }
 
-// Tokens a chunk. Two [rows, V] buffers are alive at a time; one chunk at most where a filter's
-// tiles need whole groups of tokens.
+// Tokens a chunk. Two [rows, V] buffers are alive at a time, with an entropy three; one chunk at
+// most where a filter's tiles need whole groups of tokens.
 int64_t chunk_rows(const Tensor& hidden, int64_t vocab, at::ScalarType compute,
                    const LinearCrossEntropyOptions& options) {
   const int64_t budget = workspace_bytes(hidden, options);
+  const int64_t buffers = options.return_entropy() ? 3 : 2;
   const int64_t row =
-      2 * (vocab + hidden.size(1)) * static_cast<int64_t>(c10::elementSize(compute));
+      buffers * (vocab + hidden.size(1)) * static_cast<int64_t>(c10::elementSize(compute));
   int64_t rows = std::max<int64_t>(1, budget / row);
   if (options.grad_mode() != GradMode::kExact) rows = std::max(kTile, rows / kTile * kTile);
   return std::min(rows, std::max<int64_t>(1, hidden.size(0)));
@@ -129,6 +130,12 @@ struct Exponentials {
 
   Tensor total() const { return rest_sum + hit; }
 };
+
+// -sum_j p_j log p_j
+Tensor entropy(const Exponentials& e) {
+  const auto sum = at::xlogy(e.rest_rv, e.rest_rv).sum(1) + e.hit * e.hit_logit;
+  return e.log_total - sum / e.total();
+}
 
 // Overwrites z.
 Exponentials exponentials(Tensor& z, const Tensor& target, const OptionalTensor& class_weight,
@@ -246,17 +253,28 @@ Tensor row_loss(const Exponentials& e, const Tensor& nll, const Chunk& chunk,
   return loss;
 }
 
-// Overwrites e.rest_rv with dloss/dz. `rows` and `lse` are the upstream of each token's loss (its
-// weight included) and of its lse.
+// Overwrites e.rest_rv with dloss/dz. `rows`, `lse` and, or undefined, `of_entropy` are the
+// upstream of each token's loss (its weight included), of its lse and of its entropy.
 Tensor logit_gradient(Exponentials& e, const Chunk& chunk, const Smoothing& smoothing,
-                      const Tensor& rows, const Tensor& lse, double z_loss) {
+                      const Tensor& rows, const Tensor& lse, const Tensor& of_entropy,
+                      double z_loss) {
   const auto inverse = e.total().reciprocal();
   const auto sharp = rows * chunk.hit_weight * smoothing.sharp;
   const auto flat = rows * smoothing.flat;
   const auto spread = flat * smoothing.class_sum + rows * e.lse * (2 * z_loss) + lse;
-  const auto at_target = (spread * e.hit - sharp * e.rest_sum) * inverse - flat * chunk.hit_weight;
+  auto at_target = (spread * e.hit - sharp * e.rest_sum) * inverse - flat * chunk.hit_weight;
+  const auto factor = (sharp + spread) * inverse;
   auto& d = e.rest_rv;
-  d.mul_(((sharp + spread) * inverse).unsqueeze(1));
+  if (of_entropy.defined()) {
+    // -p_j (log p_j + H), with log p_j = log e_j - log_total
+    const auto scale = of_entropy * inverse;
+    const auto shift = e.log_total - entropy(e);
+    at_target += scale * e.hit * (shift - e.hit_logit);
+    const auto logs = at::xlogy(d, d);
+    d.mul_((factor + scale * shift).unsqueeze(1)).sub_(logs.mul_(scale.unsqueeze(1)));
+  } else {
+    d.mul_(factor.unsqueeze(1));
+  }
   if (smoothing.flat > 0) {
     if (smoothing.class_weights) {
       d.addcmul_(flat.unsqueeze(1), smoothing.class_weights->unsqueeze(0), -1);
@@ -303,6 +321,7 @@ ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight
   out.nll = at::empty_like(out.loss);
   out.correct =
       at::empty({options.return_correct() ? count : 0}, out.loss.options().dtype(at::kBool));
+  out.entropy = at::empty({options.return_entropy() ? count : 0}, out.loss.options());
   out.dropped_mass = at::empty({filters ? count : 0}, out.loss.options());
 
   const int64_t step = chunk_rows(hidden, weight.size(0), compute, options);
@@ -325,6 +344,7 @@ ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight
     put(out.loss, (row_loss(e, nll, chunk, smoothing) + squared) * chunk.weight);
     put(out.z_loss, squared * chunk.weight);
     put(out.lse, e.lse);
+    if (options.return_entropy()) put(out.entropy, entropy(e));
     if (filters) {
       const auto kept = kept_tiles(e, chunk.target, chunk.counted, filter_eps(hidden, options));
       const auto mass = per_tile(e.rest_rv, /*maximum=*/false).masked_fill(kept, 0).sum(1);
@@ -335,8 +355,9 @@ ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
-    const Tensor& grad_rows, const Tensor& grad_lse, const Tensor& hidden, const Tensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& class_weight, const Tokens& tokens,
+    const Tensor& grad_rows, const Tensor& grad_lse, const Tensor& grad_entropy,
+    const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& class_weight, const Tokens& tokens,
     const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted,
     at::ScalarType hidden_type) {
   const auto compute = tokens.weight.scalar_type();
@@ -354,6 +375,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
       (grad_rows.to(compute) * tokens.weight * options.logit_scale()).masked_fill(ignored, 0);
   const auto lse_upstream = (grad_lse.to(compute) * options.logit_scale()).masked_fill(ignored, 0);
 
+  const auto entropy_upstream =
+      grad_entropy.defined()
+          ? (grad_entropy.to(compute) * options.logit_scale()).masked_fill(ignored, 0)
+          : Tensor();
+
   const int64_t step = chunk_rows(hidden, vocab, compute, options);
   for (int64_t from = 0; from < count; from += step) {
     const int64_t rows = std::min(step, count - from);
@@ -368,8 +394,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
     if (options.grad_mode() != GradMode::kExact) {
       kept = kept_tiles(e, chunk.target, chunk.counted, filter_eps(hidden, options));
     }
-    auto d = logit_gradient(e, chunk, smoothing, rows_upstream.narrow(0, from, rows),
-                            lse_upstream.narrow(0, from, rows), options.z_loss());
+    auto d =
+        logit_gradient(e, chunk, smoothing, rows_upstream.narrow(0, from, rows),
+                       lse_upstream.narrow(0, from, rows),
+                       grad_entropy.defined() ? entropy_upstream.narrow(0, from, rows) : Tensor(),
+                       options.z_loss());
     if (slope.defined()) d.mul_(slope);
     slope.reset();
     if (options.grad_mode() == GradMode::kFilter) drop_tiles(d, kept);

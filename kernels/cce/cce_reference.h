@@ -13,7 +13,8 @@
 
 namespace ounce::reference {
 
-// What the loss needs to know of each token.
+// What the loss needs to know of each token. The fused path has `place` and neither target nor
+// outside.
 struct Tokens {
   at::Tensor target;       // int64, 0 where not counted or outside
   at::Tensor counted;      // bool
@@ -21,7 +22,7 @@ struct Tokens {
   at::Tensor weight;       // t_m, 0 where not counted, NaN where outside
   at::Tensor hit_weight;   // class weight of the target, 1 without class weights
   at::Tensor denominator;  // scalar sum of weight * hit_weight, 1 where that is 0
-  at::Tensor place;        // of the fused path: int32 target, -1 where there is none
+  at::Tensor place;        // int32 target, -1 where there is none in the vocabulary
 };
 
 // target [N] int64, counted [N] bool. Floating results in `compute`.
@@ -34,6 +35,7 @@ struct ForwardRows {
   at::Tensor loss, lse, z_loss;  // [N], not reduced, 0 where not counted
   at::Tensor nll;                // [N] lse - z_y, 0 where not counted
   at::Tensor correct;            // [N] bool, or [0] when not asked for
+  at::Tensor entropy;            // [N], or [0] when not asked for
   at::Tensor dropped_mass;       // [N], or [0] with GradMode::kExact
 };
 
@@ -43,11 +45,11 @@ ForwardRows linear_cross_entropy_rows(const at::Tensor& hidden, const at::Tensor
                                       const Tokens& tokens,
                                       const LinearCrossEntropyOptions& options);
 
-// grad_rows and grad_lse [N]: upstream of the rows above. Gradients of hidden, in `hidden_type`,
-// weight and bias, each an empty [0] tensor where `wanted` is false.
+// grad_rows, grad_lse and, or undefined, grad_entropy [N]: upstream of the rows above. Gradients of
+// hidden, in `hidden_type`, weight and bias, each an empty [0] tensor where `wanted` is false.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_rows_backward(
-    const at::Tensor& grad_rows, const at::Tensor& grad_lse, const at::Tensor& hidden,
-    const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const at::Tensor& grad_rows, const at::Tensor& grad_lse, const at::Tensor& grad_entropy,
+    const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& class_weight, const Tokens& tokens,
     const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted,
     at::ScalarType hidden_type);

@@ -86,10 +86,8 @@ __global__ void describe_tokens_of(int64_t rows, const __grid_constant__ TargetR
                                      : static_cast<const int*>(in.target)[row];
   const bool counted = target != in.ignore_index, known = target >= 0 && target < in.vocab;
   const bool found = counted && known;
-  out.target[row] = found ? target : 0;
   out.place[row] = found ? static_cast<int>(target) : -1;
   out.counted[row] = counted;
-  out.outside[row] = counted && !known;
   const float weight = in.token_weight == nullptr ? 1 : in.token_weight[row];
   out.weight[row] = !counted ? 0 : known ? weight : NAN;
   out.hit_weight[row] = in.class_weight == nullptr ? 1 : in.class_weight[found ? target : 0];
@@ -223,8 +221,10 @@ __global__ void scale_rows_of(const __grid_constant__ Logits p, const __grid_con
                               float* scale, float* entry) {
   const int64_t row = blockIdx.x;
   const auto gradient = gradient_of(row, s.loss, s.upstream, s.lse[row], s.nll[row]);
-  const float factor = gradient.factor;
-  const float hit = exp2f(s.target_logit[row] * kLog2e - s.anchor[row]);
+  // One that the target's entry would overflow with: the row's other entries are next to nothing.
+  const float least = 1e-6f * fabsf(gradient.at_target);
+  const float factor = fabsf(gradient.factor) < least ? least : gradient.factor;
+  const float hit = exp2f(s.target_logit[row] * kLog2e - e.anchor[row]);
   const float total = s.sums[row].sum + hit;
   const float by = factor == 0 ? 0 : factor / total;
   if (threadIdx.x == 0) {
@@ -270,7 +270,8 @@ __global__ void finish_hidden_of(int64_t dim, const __grid_constant__ HiddenGrad
   const auto* c = static_cast<const Weight*>(g.weight) + max(target, 0) * g.weight_stride;
   for (int64_t i = threadIdx.x * width; i < dim; i += blockDim.x * width) {
     const auto sum = *reinterpret_cast<const Pack<float, width>*>(g.sum + row * g.sum_stride + i);
-    const auto weight = *reinterpret_cast<const Pack<Weight, width>*>(c + i);
+    const auto weight =
+        *reinterpret_cast<const Pack<Weight, width>*>(c + i * g.weight_column_stride);
     Pack<Out, width> out;
     for (int j = 0; j < width; ++j) {
       assign(out.of[j], by * fmaf(entry, to_float(weight.of[j]), sum.of[j]));
@@ -324,7 +325,8 @@ void launch_finish_hidden(int64_t rows, int64_t dim, const HiddenGradient& g, cu
   constexpr int width = 4;
   const auto places = reinterpret_cast<uintptr_t>(g.sum) | reinterpret_cast<uintptr_t>(g.weight) |
                       reinterpret_cast<uintptr_t>(g.out);
-  const bool wide = divides(width, {dim, g.sum_stride, g.weight_stride}) && places % 16 == 0;
+  const bool wide = g.weight_column_stride == 1 &&
+                    divides(width, {dim, g.sum_stride, g.weight_stride}) && places % 16 == 0;
   const auto blocks = static_cast<unsigned>(rows);
   if (wide) {
     finish_hidden_of<Weight, Out, width><<<blocks, kThreads, 0, stream>>>(dim, g);
@@ -335,7 +337,8 @@ void launch_finish_hidden(int64_t rows, int64_t dim, const HiddenGradient& g, cu
 
 // Of kernels that loop over elements: enough to fill the GPU.
 unsigned loop_blocks(int64_t count, int64_t each) {
-  return std::min(blocks_of(count, kThreads * each), 16u * 132);
+  constexpr unsigned kMost = 2048;
+  return std::clamp(blocks_of(count, kThreads * each), 1u, kMost);
 }
 
 }  // namespace

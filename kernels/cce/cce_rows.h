@@ -27,11 +27,10 @@ struct TargetRows {
   const float* token_weight = nullptr;  // [rows] or null
   const float* class_weight = nullptr;  // [vocab] or null
 };
-// Tokens of cce_reference.h; `place` = target, -1 where a row has none in the vocabulary.
+// Of Tokens of cce_reference.h; `place` = target, -1 where a row has none in the vocabulary.
 struct TokenRows {
-  int64_t* target = nullptr;
   int* place = nullptr;
-  bool *counted = nullptr, *outside = nullptr;
+  bool* counted = nullptr;
   float *weight = nullptr, *hit_weight = nullptr;  // [rows]
   float* denominator = nullptr;                    // scalar
 };
@@ -92,7 +91,7 @@ cudaError_t find_overflow(int64_t rows, float* anchor, AnchoredSum* sums, const 
 struct Scaling {
   RowLoss loss;
   RowUpstream upstream;
-  const float *lse = nullptr, *nll = nullptr, *anchor = nullptr, *target_logit = nullptr;
+  const float *lse = nullptr, *nll = nullptr, *target_logit = nullptr;
   const AnchoredSum* sums = nullptr;
 };
 // scaled [rows, dim] bf16 = scale_m x_m; `exponentials` gets the target's entries; scale [rows];
@@ -106,9 +105,9 @@ struct HiddenGradient {
   int64_t sum_stride = 0;
   const float* scale = nullptr;  // [rows] or null
   const float* entry = nullptr;  // [rows]
-  const void* weight = nullptr;  // [V, dim], rows contiguous, any alignment
+  const void* weight = nullptr;  // [V, dim], any alignment
   bool weight_is_fp32 = false;   // else bf16
-  int64_t weight_stride = 0;
+  int64_t weight_stride = 0, weight_column_stride = 1;
   const int* target = nullptr;  // [rows], -1 = none
   void* out = nullptr;
   bool out_is_fp32 = false;  // else bf16

@@ -156,6 +156,8 @@ TEST_P(CceFused, ExponentialsThatOverflowTheirAnchorAreMadeAgain) {
     some.hidden = torch::where(small, c.hidden.detach() / 64, c.hidden.detach());
     SCOPED_TRACE(share);
     expect_close(some, kPeaked);
+    some.options.softcap(150);
+    expect_close(some, kPeaked);
   }
 }
 
@@ -166,6 +168,27 @@ TEST_P(CceFused, ChunksOfTokensAddUp) {
     SCOPED_TRACE(pairs);
     expect_close(c, kSpread, Recompute::kNever);
   }
+}
+
+TEST_P(CceFused, TokenWeightsOfAnySign) {
+  auto c = random_case({300}, 64, 2000);
+  c.token_weight = torch::randn({300}, device());
+  c.token_weight.narrow(0, 0, 50).zero_();
+  c.options.reduction(Reduction::kSum);
+  expect_close(c, kSpread);
+}
+
+TEST_P(CceFused, NoTokensAndNoEntries) {
+  auto none = random_case({1}, 64, 20);
+  none.hidden = torch::empty({0, 64}, none.hidden.options().requires_grad(false)).requires_grad_();
+  none.target = none.target.narrow(0, 0, 0);
+  none.options.implementation("auto");
+  none.run().loss.backward();
+  EXPECT_EQ(none.weight.grad().abs().sum().item<float>(), 0);
+  auto empty = random_case({3}, 64, 20);
+  empty.weight =
+      torch::empty({0, 64}, empty.weight.options().requires_grad(false)).requires_grad_();
+  EXPECT_OUNCE_ERROR(empty.run(), kUsage, "expected weight [V, D] with V >= 1");
 }
 
 // The gradient of a returned lse is made from the logits, and added to what forward has made.
@@ -233,11 +256,12 @@ TEST_P(CceFused, IsDeterministicAndBackwardCanBeRepeated) {
   for (int i = 0; i < 10; ++i) {
     auto run = c.as(at::kBFloat16);
     const auto out = run.run().loss;
-    out.backward({}, /*retain_graph=*/true);
+    const auto third = torch::full_like(out, 1. / 3);
+    out.backward(third, /*retain_graph=*/true);
     const auto first = run.weight.grad().clone();
     run.weight.mutable_grad().reset();
     run.hidden.mutable_grad().reset();
-    out.backward();
+    out.backward(third);
     EXPECT_TRUE(at::equal(first, run.weight.grad()));
     if (i > 0) {
       EXPECT_TRUE(at::equal(out, loss));
@@ -281,7 +305,8 @@ TEST_P(CceFused, AWeightOf32BitsIsReadInSlabs) {
     for (const auto recompute : {Recompute::kNever, Recompute::kAlways}) {
       auto c = random_case({300}, 200, vocab);
       c.weight = c.weight.detach().to(at::kFloat).requires_grad_();
-      c.options.recompute(recompute);
+      // Two chunks of tokens.
+      c.options.recompute(recompute).workspace_bytes(2 * 256 * (vocab + 7));
       auto exact = c.as(at::kDouble);
       const auto loss = c.run().loss, ref = composed(exact).loss;
       // The products are those of the weight rounded to bf16.

@@ -116,7 +116,7 @@ TEST(CceOutput, OnlyWhatWasAskedFor) {
   const auto plain = c.run();
   EXPECT_TRUE(plain.n_valid.defined());
   EXPECT_FALSE(plain.lse.defined() || plain.z_loss.defined() || plain.correct.defined() ||
-               plain.dropped_mass.defined());
+               plain.log_prob.defined() || plain.entropy.defined() || plain.dropped_mass.defined());
   c.options.return_correct(true).return_lse(true).return_z_loss(true).z_loss(0.01).shift(1);
   const auto out = c.run();
   const auto counted = c.target.narrow(1, 1, 5) != -100;
@@ -137,9 +137,34 @@ TEST(CceOutput, MinusTheRowLossIsTheLogProbability) {
   EXPECT_LE(rms_error(-c.run().loss, expected), 1e-13);
 }
 
+// What reinforcement learning asks for beside the loss.
+TEST(CceOutput, LogProbabilitiesAndEntropy) {
+  auto c = random_case({4, 10}, 8, 300, false).as(at::kDouble);
+  c.options.shift(1).softcap(4).logit_scale(1.4).return_log_prob(true).return_entropy(true);
+  c.options.label_smoothing(0.1).workspace_bytes(0);
+  auto composed = c.as(at::kDouble);
+  const auto x = composed.hidden.narrow(1, 0, 9);
+  const auto z = torch::tanh(torch::matmul(x, composed.weight.t()) * (1.4 / 4)) * 4;
+  const auto log_p = torch::log_softmax(z, -1);
+  const auto target = c.target.narrow(1, 1, 9);
+  const auto ignored = target == -100;
+  const auto hit = log_p.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1);
+  const auto entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(ignored, 0);
+  const auto out = c.run();
+  EXPECT_LE(rms_error(out.log_prob.narrow(1, 1, 9), hit.masked_fill(ignored, 0)), 1e-13);
+  EXPECT_LE(rms_error(out.entropy.narrow(1, 1, 9), entropy), 1e-13);
+  EXPECT_EQ(out.entropy.select(1, 0).abs().sum().item<double>(), 0);
+  EXPECT_FALSE(out.log_prob.requires_grad());
+  const auto weights = torch::rand_like(entropy);
+  (out.entropy.narrow(1, 1, 9) * weights).sum().backward();
+  (entropy * weights).sum().backward();
+  EXPECT_LE(rms_error(c.hidden.grad(), composed.hidden.grad()), 1e-12);
+  EXPECT_LE(rms_error(c.weight.grad(), composed.weight.grad()), 1e-12);
+}
+
 TEST(CceOutput, MetaTensorsGetShapesAndTypes) {
   auto c = random_case({2, 6}, 8, 20, true).as(at::kBFloat16);
-  c.options.reduction(Reduction::kNone).return_correct(true).return_lse(true);
+  c.options.reduction(Reduction::kNone).return_correct(true).return_lse(true).return_entropy(true);
   c.options.grad_mode(GradMode::kFilter);
   const auto real = c.run();
   for (auto t : {&c.hidden, &c.weight, &c.bias}) {
@@ -155,6 +180,7 @@ TEST(CceOutput, MetaTensorsGetShapesAndTypes) {
   same(meta.loss, real.loss);
   same(meta.lse, real.lse);
   same(meta.correct, real.correct);
+  same(meta.entropy, real.entropy);
   same(meta.dropped_mass, real.dropped_mass);
   same(meta.n_valid, real.n_valid);
   meta.loss.sum().backward();

@@ -86,9 +86,11 @@ def cases():
     """name -> (call, the tensors it reads)"""
     torch.manual_seed(1)
     every = dict(shift=1, label_smoothing=0.1, z_loss=1e-2, softcap=5.0, logit_scale=0.7,
-                 grad_mode="filter", filter_eps=1e-9, return_correct=True, empty_is_nan=True)
+                 grad_mode="filter", filter_eps=1e-9, return_correct=True, return_entropy=True,
+                 empty_is_nan=True)
     return {
         "linear_cross_entropy bf16": cce_case(torch.bfloat16, torch.bfloat16),
+        "linear_cross_entropy bf16, recompute": cce_case(torch.bfloat16, torch.bfloat16, recompute="always"),
         "linear_cross_entropy bf16, weight fp32": cce_case(torch.bfloat16, torch.float32, **every),
         "linear_cross_entropy fp32": cce_case(torch.float32, torch.float32, workspace_bytes=0),
         "chunk_gla": gla_case(OPS.chunk_gla, packed=False),
