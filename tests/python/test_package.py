@@ -13,6 +13,10 @@ PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../core/p
 COMPOSED = "ounce::naive_recurrent_gla"  # from differentiable operators, which have all of it
 WITHOUT = {
     ("ounce::linear_cross_entropy_backward", "Autocast"),  # its kernel switches it off
+    ("ounce::rounded_gradient", "Autograd"),  # called by a backward that makes no graph
+    ("ounce::rounded_gradient", "Autocast"),
+    ("ounce::scale_gradient_", "Autograd"),
+    ("ounce::scale_gradient_", "Autocast"),
     (COMPOSED, "CPU"),
     (COMPOSED, "CUDA"),
     (COMPOSED, "Meta"),
