@@ -91,16 +91,11 @@ class Chunk {
   }
 
   // Before scale(), while e is 0 at the targets: product [rows, D] fp32 = e C.
-  void multiply_classifier(Tensor product) const {
+  void multiply_classifier(const Tensor& product) const {
     slabs_.each([&](int64_t first, const Tensor& slab, const float*) {
       each_part(slab.size(0), [&](int64_t from, int64_t count) {
-        const auto e = e_.narrow(1, first + from, count);
-        const auto c = slab.narrow(0, from, count);
-        if (first + from == 0) {
-          at::mm_out(product, e, c, at::kFloat);
-        } else {
-          at::addmm_out(product, product, e, c, at::kFloat);
-        }
+        multiply(product, e_.narrow(1, first + from, count), slab.narrow(0, from, count),
+                 first + from > 0);
       });
     });
   }
@@ -111,19 +106,7 @@ class Chunk {
   // sum [V, D] bf16 or fp32, overwritten by the first chunk.
   void add_weight_gradient(const Tensor& sum, bool first) const {
     each_part(sum.size(0), [&](int64_t from, int64_t count) {
-      const auto e = e_.narrow(1, from, count).t();
-      auto part = sum.narrow(0, from, count);
-      if (sum.scalar_type() == at::kFloat) {
-        if (first) {
-          at::mm_out(part, e, scaled_, at::kFloat);
-        } else {
-          at::addmm_out(part, part, e, scaled_, at::kFloat);
-        }
-      } else if (first) {
-        at::mm_out(part, e, scaled_);
-      } else {
-        at::addmm_out(part, part, e, scaled_);
-      }
+      multiply(sum.narrow(0, from, count), e_.narrow(1, from, count).t(), scaled_, !first);
     });
   }
 
@@ -184,13 +167,10 @@ class Chunk {
 
 bool keeps_exponentials(const Tensor& hidden, const Tensor& weight, bool has_bias,
                         const LinearCrossEntropyOptions& o) {
-  if (!hidden.is_cuda() || hidden.scalar_type() != at::kBFloat16) return false;
-  const c10::cuda::CUDAGuard guard(hidden.device());
-  if (clusters() == 0 || has_bias || o.label_smoothing() > 0 || o.return_correct() ||
-      o.return_entropy() || o.grad_mode() != GradMode::kExact) {
-    return false;
-  }
+  if (!refusal_of(hidden).empty() || !refusal_of(o).empty()) return false;
+  if (has_bias || o.label_smoothing() > 0) return false;
   if (weight.dim() != 2) return false;  // which is refused later
+  const c10::cuda::CUDAGuard guard(hidden.device());
   // A trace may know the tensors by symbols.
   const auto vocab = weight.sym_size(0).guard_int(__FILE__, __LINE__);
   const auto dim = weight.sym_size(1).guard_int(__FILE__, __LINE__);

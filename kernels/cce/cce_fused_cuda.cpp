@@ -68,15 +68,10 @@ Tensor rounded_gradient(const Tensor& gradient, const Tensor& factor) {
 std::string why_not(const Tensor& hidden, const Tensor& weight, const OptionalTensor& class_weight,
                     const LinearCrossEntropyOptions& o) {
   constexpr int64_t most = std::numeric_limits<int>::max();
-  if (!hidden.is_cuda()) return c10::str("tensors on ", hidden.device());
-  const c10::cuda::CUDAGuard guard(hidden.device());
-  if (clusters() == 0) return "a GPU that is not of the Hopper generation";
-  if (hidden.scalar_type() != at::kBFloat16) return c10::str("hidden in ", hidden.scalar_type());
+  if (auto refusal = refusal_of(hidden); !refusal.empty()) return refusal;
   if (hidden.numel() == 0) return "an empty hidden";
   if (hidden.numel() / hidden.size(-1) > most || weight.size(0) > most) return "2^31 rows";
-  if (o.grad_mode() != GradMode::kExact) return "a filter";
-  if (o.return_correct()) return "return_correct";
-  if (o.return_entropy()) return "return_entropy";
+  if (auto refusal = refusal_of(o); !refusal.empty()) return refusal;
   if (o.label_smoothing() > 0 && o.softcap() > 0) return "label smoothing with a softcap";
   if (o.label_smoothing() > 0 && class_weight) return "label smoothing with class weights";
   return "";
@@ -176,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
   const Slabs slabs(weight, bias, slab_entries(rows, vocab, x.size(1), o));
   auto dlogits = at::empty({rows, aligned(slabs.entries())}, x.options());
   auto rounding = at::zeros({rows}, fp32);
-  Tensor grad_x;
+  const auto grad_x = wanted[0] ? at::empty(x.sizes(), fp32) : Tensor();
   Tensor grad_weight = at::empty(wanted[1] ? weight.sizes() : at::IntArrayRef{0}, weight.options());
   Tensor grad_bias = at::empty({wanted[2] ? vocab : 0}, weight.options());
   Tensor row_of_weight;  // what smoothing takes from every row of its gradient
@@ -198,21 +193,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
                                        stream));
     const auto d = dlogits.narrow(1, 0, entries);
     if (wanted[0]) {
-      if (grad_x.defined()) {
-        at::addmm_out(grad_x, grad_x, d, slab, at::kFloat);
-      } else {
-        grad_x = at::mm(d, slab, at::kFloat);
-      }
+      multiply(grad_x, d, slab, from > 0);
       if (smooths) grad_x.sub_(flat.unsqueeze(1) * column_sum(slab));
     }
     if (wanted[1]) {
       auto out = grad_weight.narrow(0, from, entries);
       if (x.size(1) != dim) {
         out.copy_(at::mm(d.t(), x, at::kFloat).narrow(1, 0, dim));
-      } else if (weight.scalar_type() == at::kFloat) {
-        at::mm_out(out, d.t(), x, at::kFloat);
       } else {
-        at::mm_out(out, d.t(), x);
+        multiply(out, d.t(), x, false);
       }
       if (smooths) out.sub_(row_of_weight);
     }

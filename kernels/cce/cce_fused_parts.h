@@ -10,6 +10,7 @@
 #include <ounce/kernels/cce/cce_fused.h>
 #include <ounce/kernels/cce/cce_rows.h>
 
+#include <string>
 #include <vector>
 
 namespace ounce::fused {
@@ -110,6 +111,31 @@ inline Tensor counted_rows(const Tensor& hidden, const reference::Tokens& tokens
                                    tokens.counted.const_data_ptr<bool>(), out.data_ptr(),
                                    out.size(1), c10::cuda::getCurrentCUDAStream()));
   return out;
+}
+
+// out [M, N] = a b, or + a b; bf16 operands, fp32 or bf16 result, summed in fp32.
+inline void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add) {
+  const bool fp32 = out.scalar_type() == at::kFloat;
+  if (add) {
+    fp32 ? at::addmm_out(out, out, a, b, at::kFloat) : at::addmm_out(out, out, a, b);
+  } else {
+    fp32 ? at::mm_out(out, a, b, at::kFloat) : at::mm_out(out, a, b);
+  }
+}
+
+// What keeps a call from the fused path whatever its sizes, of the tensor and of the options alone;
+// "" = nothing.
+inline std::string refusal_of(const Tensor& hidden) {
+  if (!hidden.is_cuda()) return c10::str("tensors on ", hidden.device());
+  const c10::cuda::CUDAGuard guard(hidden.device());
+  if (clusters() == 0) return "a GPU that is not of the Hopper generation";
+  if (hidden.scalar_type() != at::kBFloat16) return c10::str("hidden in ", hidden.scalar_type());
+  return "";
+}
+inline std::string refusal_of(const LinearCrossEntropyOptions& o) {
+  if (o.grad_mode() != GradMode::kExact) return "a filter";
+  if (o.return_correct()) return "return_correct";
+  return o.return_entropy() ? "return_entropy" : "";
 }
 
 inline cce::RowLoss row_loss(const reference::Tokens& tokens, int64_t vocab,

@@ -175,7 +175,7 @@ __global__ void start_rows_of(int64_t rows, Partial* sums, AnchoredSum* anchored
                               float* target_logit) {
   const int64_t row = row_of_thread();
   if (row >= rows) return;
-  if (sums != nullptr) sums[row] = {-INFINITY, 0};
+  sums[row] = {-INFINITY, 0};
   if (anchored != nullptr) anchored[row] = {-INFINITY, 0, 0};
   target_logit[row] = -INFINITY;
 }
@@ -280,37 +280,21 @@ __global__ void finish_hidden_of(int64_t dim, const __grid_constant__ HiddenGrad
   }
 }
 
-template <class T>
-__global__ void scale_in_place_of(T* x, int64_t count, const float* factor) {
+// `out` may be x.
+template <class From, class To>
+__global__ void scale_of(const From* x, int64_t count, const float* factor, To* out) {
   const float by = *factor;
-  if (by == 1) return;
-  constexpr int width = 16 / sizeof(T);
-  using Wide = Pack<T, width>;
+  if (by == 1 && static_cast<const void*>(x) == out) return;
+  constexpr int width = 16 / (sizeof(From) > sizeof(To) ? sizeof(From) : sizeof(To));
   const int64_t first = row_of_thread();
   const int64_t step = int64_t{gridDim.x} * blockDim.x, wide = count / width;
   for (int64_t i = first; i < wide; i += step) {
-    Wide pack = reinterpret_cast<const Wide*>(x)[i];
-    for (auto& value : pack.of) assign(value, to_float(value) * by);
-    reinterpret_cast<Wide*>(x)[i] = pack;
+    const auto pack = reinterpret_cast<const Pack<From, width>*>(x)[i];
+    Pack<To, width> scaled;
+    for (int j = 0; j < width; ++j) assign(scaled.of[j], to_float(pack.of[j]) * by);
+    reinterpret_cast<Pack<To, width>*>(out)[i] = scaled;
   }
-  for (int64_t i = wide * width + first; i < count; i += step) assign(x[i], to_float(x[i]) * by);
-}
-
-__global__ void scale_to_bf16_of(const float* x, int64_t count, const float* factor,
-                                 __nv_bfloat16* out) {
-  constexpr int width = 4;
-  const float by = *factor;
-  const int64_t first = row_of_thread();
-  const int64_t step = int64_t{gridDim.x} * blockDim.x, wide = count / width;
-  for (int64_t i = first; i < wide; i += step) {
-    const auto pack = reinterpret_cast<const Pack<float, width>*>(x)[i];
-    Pack<__nv_bfloat16, width> rounded;
-    for (int j = 0; j < width; ++j) rounded.of[j] = __float2bfloat16_rn(pack.of[j] * by);
-    reinterpret_cast<Pack<__nv_bfloat16, width>*>(out)[i] = rounded;
-  }
-  for (int64_t i = wide * width + first; i < count; i += step) {
-    out[i] = __float2bfloat16_rn(x[i] * by);
-  }
+  for (int64_t i = wide * width + first; i < count; i += step) assign(out[i], to_float(x[i]) * by);
 }
 
 bool divides(int64_t width, std::initializer_list<int64_t> all) {
@@ -335,10 +319,14 @@ void launch_finish_hidden(int64_t rows, int64_t dim, const HiddenGradient& g, cu
   }
 }
 
-// Of kernels that loop over elements: enough to fill the GPU.
-unsigned loop_blocks(int64_t count, int64_t each) {
-  constexpr unsigned kMost = 2048;
-  return std::clamp(blocks_of(count, kThreads * each), 1u, kMost);
+template <class From, class To>
+cudaError_t launch_scale(const void* x, int64_t count, const float* factor, void* out,
+                         cudaStream_t stream) {
+  constexpr unsigned kMost = 2048;  // blocks: enough to fill the GPU
+  const auto blocks = std::clamp(blocks_of(count, kThreads * 4), 1u, kMost);
+  scale_of<<<blocks, kThreads, 0, stream>>>(static_cast<const From*>(x), count, factor,
+                                            static_cast<To*>(out));
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -437,21 +425,13 @@ cudaError_t finish_hidden(int64_t rows, int64_t dim, const HiddenGradient& gradi
 
 cudaError_t scale_in_place(void* x, bool is_fp32, int64_t count, const float* factor,
                            cudaStream_t stream) {
-  if (is_fp32) {
-    scale_in_place_of<<<loop_blocks(count, 4), kThreads, 0, stream>>>(static_cast<float*>(x), count,
-                                                                      factor);
-  } else {
-    scale_in_place_of<<<loop_blocks(count, 8), kThreads, 0, stream>>>(
-        static_cast<__nv_bfloat16*>(x), count, factor);
-  }
-  return cudaGetLastError();
+  return is_fp32 ? launch_scale<float, float>(x, count, factor, x, stream)
+                 : launch_scale<__nv_bfloat16, __nv_bfloat16>(x, count, factor, x, stream);
 }
 
 cudaError_t scale_to_bf16(const float* x, int64_t count, const float* factor, void* out,
                           cudaStream_t stream) {
-  scale_to_bf16_of<<<loop_blocks(count, 4), kThreads, 0, stream>>>(
-      x, count, factor, static_cast<__nv_bfloat16*>(out));
-  return cudaGetLastError();
+  return launch_scale<float, __nv_bfloat16>(x, count, factor, out, stream);
 }
 
 }  // namespace ounce::cce

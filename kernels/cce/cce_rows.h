@@ -74,7 +74,7 @@ cudaError_t upstream_rows(int64_t rows, const RowLoss& loss, const RowUpstream& 
 
 // --- exponentials
 
-// Everything as no logit has been seen; either may be null.
+// Everything as no logit has been seen; `anchored` may be null.
 cudaError_t start_rows(int64_t rows, Partial* sums, AnchoredSum* anchored, float* target_logit,
                        cudaStream_t stream);
 // The largest logit of `sums`, +inf where not counted.

@@ -570,9 +570,9 @@ cudaError_t map_of(CUtensorMap* map, const void* data, int64_t rows, int64_t col
 template <Pass pass, bool capped>
 cudaError_t launch(const Arguments& a, cudaStream_t stream) {
   constexpr int bytes = Memory<pass>::kBytes;
-  const auto allowed = cudaFuncSetAttribute(  // of the current device
-
-      pass_over_logits<pass, capped>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  // An attribute is of the current device.
+  const auto allowed = cudaFuncSetAttribute(pass_over_logits<pass, capped>,
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (allowed != cudaSuccess) return allowed;
   pass_over_logits<pass, capped><<<2 * a.logits.schedule.clusters, kThreads, bytes, stream>>>(a);
   return cudaGetLastError();

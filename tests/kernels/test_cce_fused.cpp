@@ -42,7 +42,7 @@ double relative_to(const Tensor& ours, const Tensor& exact) {
 
 // The gradient of the hidden state errs by one rounding where a row's mass is spread; where a few
 // entries carry it, by what rounding their dloss/dlogits adds, as every bf16 GEMM does.
-constexpr double kSpread = 1.2, kPeaked = 2;
+constexpr double kSpread = 1.2, kPeaked = 1.8;
 
 void expect_close(const CceCase& c, double hidden_bound, Recompute recompute) {
   auto ours = c.as(at::kBFloat16), exact = c.as(at::kDouble);
@@ -146,6 +146,7 @@ TEST_P(CceFused, LogitsFarApartAndOffsets) {
 
 // Of the rows that anchors are taken from, none is near the largest logit.
 TEST_P(CceFused, ExponentialsThatOverflowTheirAnchorAreMadeAgain) {
+  constexpr double kFewPeaked = 2;  // where six rows of 600 are most of the gradient
   auto c = random_case({600}, 256, 3000);
   auto weight = c.weight.detach() * 24;
   weight.slice(0, 0, 3000, 128).zero_();
@@ -155,9 +156,9 @@ TEST_P(CceFused, ExponentialsThatOverflowTheirAnchorAreMadeAgain) {
     const auto small = torch::rand({600, 1}, device()) > share;
     some.hidden = torch::where(small, c.hidden.detach() / 64, c.hidden.detach());
     SCOPED_TRACE(share);
-    expect_close(some, kPeaked);
+    expect_close(some, share < 1 ? kFewPeaked : kPeaked);
     some.options.softcap(150);
-    expect_close(some, kPeaked);
+    expect_close(some, share < 1 ? kFewPeaked : kPeaked);
   }
 }
 
