@@ -93,7 +93,7 @@ COLUMNS = {
 }
 DEFAULT_COLUMNS = {
     "bench": "name shape dtype forward_ms backward_ms both_ms peak_bytes share_of_limit".split(),
-    "ckpt": "peer state_gb fb_ms every blocked_ms wait_ms durable_s slowdown_flush_pct extra_rss_mb restore_s".split(),
+    "ckpt": "peer state_gb fb_ms every blocked_ms inside_ms wait_ms durable_s slowdown_flush_pct extra_rss_mb restore_s".split(),
     "fuzz": "target seconds executions coverage features crashes".split(),
     "kill": "count seconds failures".split(),
     "flips": "count seconds failures".split(),
