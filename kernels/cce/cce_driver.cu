@@ -4,6 +4,7 @@
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <ounce/kernels/cce/cce_filter.h>
 #include <ounce/kernels/cce/cce_rows.h>
 
 #include <algorithm>
@@ -157,6 +158,39 @@ __global__ void plain_exponentials(Logits p, Exponentials e, const AnchoredSum* 
   }
 }
 
+// Squares of the error of a product over kept tiles and of its value, of every step-th row.
+__global__ void plain_product(KeptProduct p, KeptMatrix m, int64_t step, double* sums) {
+  const int64_t row = blockIdx.x * step;
+  if (row >= p.m) return;
+  const auto* left = static_cast<const __nv_bfloat16*>(p.left);
+  const auto* right = static_cast<const __nv_bfloat16*>(p.right);
+  double error = 0, value = 0;
+  for (int64_t n = threadIdx.x; n < p.n; n += 256) {
+    double sum = 0, got = 0;
+    for (int64_t k = 0; k < p.inner; ++k) {
+      if (!m.kept[row / kFilterTile * m.row_stride + k / kFilterTile * m.column_stride]) continue;
+      const auto x =
+          p.left_is_transposed ? left[k * p.left_stride + row] : left[row * p.left_stride + k];
+      sum += static_cast<double>(__bfloat162float(x)) *
+             __bfloat162float(right[k * p.right_stride + n]);
+    }
+    for (int part = 0; part < p.parts; ++part) {
+      const int64_t place = (part * p.m + row) * p.n + n;
+      got += p.out_is_fp32 ? static_cast<const float*>(p.out)[place]
+                           : __bfloat162float(static_cast<const __nv_bfloat16*>(p.out)[place]);
+    }
+    if (p.add) sum *= 2;  // it was added to itself
+    error += (sum - got) * (sum - got);
+    value += sum * sum;
+  }
+  error = over_block(error, false);
+  value = over_block(value, false);
+  if (threadIdx.x == 0) {
+    atomicAdd(sums, error);
+    atomicAdd(sums + 1, value);
+  }
+}
+
 int failures = 0;
 void expect(bool good, const char* what, double value) {
   std::printf("  %s %s %.3g\n", good ? "ok  " : "FAIL", what, value);
@@ -272,6 +306,82 @@ void check_exponentials(Data& data, const LogitGradient& out, int64_t step, doub
   }
 }
 
+// Both gradients of e over a share of its tiles.
+struct Kept {
+  KeptMatrix rows, columns;
+  KeptProduct hidden, weight;
+  int* lists[4];
+  bool* kept;
+
+  Kept(const Logits& p, const void* e, int64_t stride, double share, bool weight_is_fp32) {
+    const auto m = filter_tiles(p.rows), n = filter_tiles(p.vocab);
+    std::vector<char> host(m * n);
+    for (int64_t i = 0; i < m * n; ++i) {
+      host[i] = static_cast<double>(i * 2654435761u % 1000) < share * 1000;
+    }
+    kept = allocate<bool>(m * n);
+    CHECK(cudaMemcpy(kept, host.data(), m * n, cudaMemcpyHostToDevice));
+    rows = {kept, static_cast<int>(m), static_cast<int>(n), static_cast<int>(n), 1};
+    columns = {kept, static_cast<int>(n), static_cast<int>(m), 1, static_cast<int>(n)};
+    for (int i = 0; i < 4; ++i) lists[i] = allocate<int>(i % 2 == 0 ? m * n : std::max(m, n));
+    CHECK(list_kept(rows, lists[0], lists[1], nullptr));
+    CHECK(list_kept(columns, lists[2], lists[3], nullptr));
+    hidden = {.left = e,
+              .right = p.weight,
+              .left_stride = stride,
+              .right_stride = p.weight_stride,
+              .m = p.rows,
+              .n = p.hidden_stride,
+              .inner = p.vocab,
+              .list = lists[0],
+              .count = lists[1],
+              .list_stride = rows.columns,
+              .parts = parts_of(p.rows, p.hidden_stride, p.schedule.clusters)};
+    hidden.out = allocate<float>(hidden.parts * p.rows * p.hidden_stride);
+    weight = {.left = e,
+              .left_is_transposed = true,
+              .right = p.hidden,
+              .left_stride = stride,
+              .right_stride = p.hidden_stride,
+              .m = p.vocab,
+              .n = p.hidden_stride,
+              .inner = p.rows,
+              .list = lists[2],
+              .count = lists[3],
+              .list_stride = columns.columns,
+              .out_is_fp32 = weight_is_fp32};
+    weight.out = allocate<float>(p.vocab * p.hidden_stride);
+  }
+  ~Kept() {
+    for (auto* list : lists) cudaFree(list);
+    cudaFree(kept);
+    cudaFree(hidden.out);
+    cudaFree(weight.out);
+  }
+};
+
+void check_kept(const Data& data, const LogitGradient& e, int64_t step, double* plain) {
+  const int clusters = data.logits.schedule.clusters;
+  for (const bool fp32 : {true, false}) {
+    Kept kept(data.logits, e.out, e.out_stride, 0.4, fp32);
+    for (auto* p : {&kept.hidden, &kept.weight}) {
+      const auto& matrix = p == &kept.hidden ? kept.rows : kept.columns;
+      for (const bool add : {false, true}) {
+        p->add = add;
+        CHECK(multiply_kept(*p, clusters, nullptr));
+        CHECK(cudaMemset(plain, 0, 16));
+        const auto each = std::max<int64_t>(step, p->m / 64);
+        plain_product<<<static_cast<unsigned>((p->m + each - 1) / each), 256>>>(*p, matrix, each,
+                                                                                plain);
+        double sums[2];
+        CHECK(cudaMemcpy(sums, plain, 16, cudaMemcpyDeviceToHost));
+        const double error = sums[1] > 0 ? std::sqrt(sums[0] / sums[1]) : sums[0];
+        expect(error < (p->out_is_fp32 ? 1e-5 : 4e-3), add ? "kept, added" : "kept", error);
+      }
+    }
+  }
+}
+
 void check(const Case& c) {
   std::printf("N %ld D %ld V %ld%s scale %g softcap %g spread %g\n", c.rows, c.dim, c.vocab,
               c.bias ? " bias" : "", c.scale, c.softcap, c.spread);
@@ -313,6 +423,7 @@ void check(const Case& c) {
   CHECK(cudaMemcpy(sums, plain, 16, cudaMemcpyDeviceToHost));
   const double error = std::sqrt(sums[0] / sums[1]);
   expect(error < 3e-3, "gradient", error);
+  check_kept(data, g, step, plain);
   check_exponentials(data, g, step, plain);
   cudaFree(g.out);
   cudaFree(plain);
@@ -365,16 +476,16 @@ void time(const Case& c, int rounds) {
   };
   const double flop = 2.0 * c.rows * c.dim * c.vocab;
   Exponentials e{.anchor = data.anchor, .out = z, .out_stride = stride};
+  Exponentials measured = e;
+  measured.boxes = allocate<BoxMass>(p.schedule.tiles * (kTileColumns / kBoxColumns) * c.rows);
+  const auto exponentials_of = [&](const Exponentials& how) {
+    CHECK(exponentials(p, how, data.anchored_partials, data.anchored, data.target_logit, nullptr));
+  };
+  const Kept kept(p, z, stride, 0.25, false);
   data.forward();
   anchors_below<<<1, 256>>>(data.lse, 0, c.rows, data.anchor);
   Timed all[] = {{"cuBLAS logits", [&] { gemm(c.vocab); }, flop, {}},
-                 {"exponentials",
-                  [&] {
-                    CHECK(exponentials(p, e, data.anchored_partials, data.anchored,
-                                       data.target_logit, nullptr));
-                  },
-                  flop,
-                  {}},
+                 {"exponentials", [&] { exponentials_of(e); }, flop, {}},
                  {"forward", [&] { data.forward(); }, flop, {}},
                  {"cuBLAS slab", [&] { gemm(slab); }, flop * slab / c.vocab, {}},
                  {"gradient slab",
@@ -383,21 +494,33 @@ void time(const Case& c, int rounds) {
                                          data.rounding, nullptr));
                   },
                   flop * slab / c.vocab,
+                  {}},
+                 {"measured", [&] { exponentials_of(measured); }, flop, {}},
+                 {"kept 1/4, hidden",
+                  [&] { CHECK(multiply_kept(kept.hidden, p.schedule.clusters, nullptr)); },
+                  flop / 4,
+                  {}},
+                 {"kept 1/4, weight",
+                  [&] { CHECK(multiply_kept(kept.weight, p.schedule.clusters, nullptr)); },
+                  flop / 4,
                   {}}};
   for (double soak = 0; soak < 1000;) {
     for (auto& timed : all) soak += milliseconds(timed.body);
   }
   for (int round = 0; round < rounds; ++round) {
     for (auto& timed : all) timed.taken.push_back(milliseconds(timed.body));
-    for (int i = 4; i >= 0; --i) all[i].taken.push_back(milliseconds(all[i].body));
+    for (auto* timed = std::end(all); timed-- != all;) {
+      timed->taken.push_back(milliseconds(timed->body));
+    }
   }
   std::printf("N %ld D %ld V %ld\n", c.rows, c.dim, c.vocab);
   for (auto& timed : all) {
     std::sort(timed.taken.begin(), timed.taken.end());
     const double ms = timed.taken[timed.taken.size() / 2];
-    std::printf("  %-16s %8.3f ms %7.1f TFLOP/s\n", timed.name, ms, timed.flop / ms / 1e9);
+    std::printf("  %-18s %8.3f ms %7.1f TFLOP/s\n", timed.name, ms, timed.flop / ms / 1e9);
   }
   cublasDestroy(blas);
+  cudaFree(measured.boxes);
   cudaFree(z);
 }
 

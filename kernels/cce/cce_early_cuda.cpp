@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Forward with its gradients: three products, with the exponentials of a chunk of tokens in memory.
+// A filter takes two of them over the tiles that it keeps.
+#include <ounce/kernels/cce/cce_filter.h>
 #include <ounce/kernels/cce/cce_fused_parts.h>
 
 #include <utility>
@@ -12,6 +14,9 @@ constexpr int64_t kExponentialBytes = int64_t{5} << 29;  // at most a 16th of th
 constexpr int64_t kSampled = 128;  // every so many rows of the classifier give the anchors
 constexpr int64_t kWhole = 64;     // entries of the vocabulary
 
+// Elements from row to row of exponentials: rows of whole cache lines.
+int64_t row_stride(int64_t vocab) { return (vocab + kWhole - 1) / kWhole * kWhole; }
+
 // Tokens a chunk, whose exponentials fit the workspace; 0 = not even one pair of tiles does.
 int64_t chunk_rows(int64_t rows, int64_t vocab, const LinearCrossEntropyOptions& o) {
   auto bytes = o.workspace_bytes();
@@ -19,7 +24,7 @@ int64_t chunk_rows(int64_t rows, int64_t vocab, const LinearCrossEntropyOptions&
     const auto memory = at::cuda::getCurrentDeviceProperties()->totalGlobalMem;
     bytes = std::min(kExponentialBytes, static_cast<int64_t>(memory / 16));
   }
-  const auto most = bytes / (2 * aligned(vocab));
+  const auto most = bytes / (2 * row_stride(vocab));
   if (most >= rows) return rows;
   const auto whole = most / cce::kPairRows * cce::kPairRows;
   if (whole == 0) return 0;
@@ -37,6 +42,95 @@ reference::Tokens narrow(const reference::Tokens& t, int64_t from, int64_t count
           .place = part(t.place)};
 }
 
+// Which tiles of a chunk's exponentials are kept.
+class Filter {
+ public:
+  Filter(int64_t rows, int64_t vocab, const at::TensorOptions& ints)
+      : rows_(rows),
+        vocab_(vocab),
+        boxes_(at::empty({(vocab + cce::kTileColumns - 1) / cce::kTileColumns * cce::kTileColumns /
+                              cce::kBoxColumns,
+                          rows},
+                         ints)),
+        kept_(at::empty({cce::filter_tiles(rows), cce::filter_tiles(vocab)},
+                        ints.dtype(at::kBool))) {}
+
+  // Of a slab's entries from `first` on.
+  cce::BoxMass* boxes(int64_t first) const {
+    return static_cast<cce::BoxMass*>(boxes_.data_ptr()) + first / cce::kBoxColumns * rows_;
+  }
+  // dropped_mass [rows]
+  void find_kept(const Tensor& anchor, const float* lse, const reference::Tokens& tokens,
+                 double eps, const Tensor& dropped_mass) {
+    auto parts = at::empty({(kept_.size(1) + cce::kStripTiles - 1) / cce::kStripTiles, rows_},
+                           anchor.options());
+    C10_CUDA_CHECK(cce::find_kept(rows_, vocab_,
+                                  {.boxes = boxes(0),
+                                   .anchor = anchor.const_data_ptr<float>(),
+                                   .lse = lse,
+                                   .counted = tokens.counted.const_data_ptr<bool>(),
+                                   .target = tokens.place.const_data_ptr<int>()},
+                                  static_cast<float>(eps), kept_.data_ptr<bool>(),
+                                  parts.data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
+    auto out = dropped_mass;
+    at::sum_out(out, parts, 0);
+  }
+
+  // product [rows, D] fp32 = e slab, or + it: e [rows, S] and slab [S, D], from entry `first` on.
+  void multiply_classifier(const Tensor& product, const Tensor& e, const Tensor& slab,
+                           int64_t first) const {
+    const auto parts = cce::parts_of(rows_, product.size(1), clusters());
+    auto out = at::empty({parts, rows_, product.size(1)}, product.options());
+    multiply(out, e, false, slab,
+             kept_.narrow(1, first / cce::kFilterTile, cce::filter_tiles(slab.size(0))), false);
+    auto sum = product;
+    if (first == 0) {
+      at::sum_out(sum, out, 0);
+    } else {
+      sum.add_(out.sum(0));
+    }
+  }
+  // sum [V, D] = e^T x, or + it: e [rows, V], x [rows, D]
+  void add_weight_gradient(const Tensor& sum, const Tensor& e, const Tensor& x, bool first) const {
+    multiply(sum, e, true, x, kept_.t(), !first);
+  }
+
+ private:
+  // out [parts, m, n] or [m, n]; kept [tiles of m, tiles of the inner dimension]
+  void multiply(const Tensor& out, const Tensor& left, bool left_is_transposed, const Tensor& right,
+                const Tensor& kept, bool add) const {
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    auto list = at::empty(kept.sizes(), boxes_.options()),
+         count = at::empty({kept.size(0)}, list.options());
+    C10_CUDA_CHECK(cce::list_kept({.kept = kept.const_data_ptr<bool>(),
+                                   .rows = static_cast<int>(kept.size(0)),
+                                   .columns = static_cast<int>(kept.size(1)),
+                                   .row_stride = static_cast<int>(kept.stride(0)),
+                                   .column_stride = static_cast<int>(kept.stride(1))},
+                                  list.data_ptr<int>(), count.data_ptr<int>(), stream));
+    C10_CUDA_CHECK(cce::multiply_kept({.left = left.const_data_ptr(),
+                                       .left_is_transposed = left_is_transposed,
+                                       .right = right.const_data_ptr(),
+                                       .left_stride = left.stride(0),
+                                       .right_stride = right.stride(0),
+                                       .m = out.size(-2),
+                                       .n = out.size(-1),
+                                       .inner = right.size(0),
+                                       .list = list.const_data_ptr<int>(),
+                                       .count = count.const_data_ptr<int>(),
+                                       .list_stride = static_cast<int>(kept.size(1)),
+                                       .out = out.data_ptr(),
+                                       .out_is_fp32 = out.scalar_type() == at::kFloat,
+                                       .add = add,
+                                       .parts = out.dim() == 3 ? static_cast<int>(out.size(0)) : 1},
+                                      clusters(), stream));
+  }
+
+  int64_t rows_, vocab_;
+  Tensor boxes_;  // [boxes, rows] of two bf16 numbers
+  Tensor kept_;   // [tiles, tiles] bool
+};
+
 // The exponentials e of a chunk of tokens, relative to an anchor a row, and what they give.
 class Chunk {
  public:
@@ -50,6 +144,7 @@ class Chunk {
         options_(o),
         x_(counted_rows(hidden, tokens_)) {
     const auto rows = x_.size(0);
+    if (o.grad_mode() != GradMode::kExact) filter_.emplace(rows, vocab, tokens_.place.options());
     const auto fp32 = x_.options().dtype(at::kFloat);
     anchor_ = at::empty({rows}, fp32);
     target_logit_ = at::empty({rows}, fp32);
@@ -67,6 +162,10 @@ class Chunk {
     lse_ = out.lse, nll_ = out.nll;
     C10_CUDA_CHECK(cce::finish_rows(x_.size(0), loss_, anchor_.const_data_ptr<float>(), sums(),
                                     target_logit_.const_data_ptr<float>(), out, stream_));
+  }
+  // After that, with a filter: dropped_mass [rows].
+  void apply_filter(double eps, const Tensor& dropped_mass) {
+    filter_->find_kept(anchor_, lse_, tokens_, eps, dropped_mass);
   }
 
   // After that: the upstream of each row's loss -> e with its target's entry, and each row's scale.
@@ -93,6 +192,10 @@ class Chunk {
   // Before scale(), while e is 0 at the targets: product [rows, D] fp32 = e C.
   void multiply_classifier(const Tensor& product) const {
     slabs_.each([&](int64_t first, const Tensor& slab, const float*) {
+      if (filter_) {
+        filter_->multiply_classifier(product, e_.narrow(1, first, slab.size(0)), slab, first);
+        return;
+      }
       each_part(slab.size(0), [&](int64_t from, int64_t count) {
         multiply(product, e_.narrow(1, first + from, count), slab.narrow(0, from, count),
                  first + from > 0);
@@ -105,6 +208,10 @@ class Chunk {
   }
   // sum [V, D] bf16 or fp32, overwritten by the first chunk.
   void add_weight_gradient(const Tensor& sum, bool first) const {
+    if (options_.grad_mode() == GradMode::kFilter) {
+      filter_->add_weight_gradient(sum, e_.narrow(1, 0, sum.size(0)), scaled_, first);
+      return;
+    }
     each_part(sum.size(0), [&](int64_t from, int64_t count) {
       multiply(sum.narrow(0, from, count), e_.narrow(1, from, count).t(), scaled_, !first);
     });
@@ -116,6 +223,7 @@ class Chunk {
     return {.anchor = anchor_.const_data_ptr<float>(),
             .out = static_cast<char*>(e_.data_ptr()) + from * e_.element_size(),
             .out_stride = e_.stride(0),
+            .boxes = filter_ ? filter_->boxes(from) : nullptr,
             .only = only};
   }
   // A sampled logit of each row that is not far below the largest.
@@ -160,6 +268,7 @@ class Chunk {
   Tensor anchor_, sums_, target_logit_;  // [rows], [rows, 3], [rows]
   Tensor scaled_, scale_, entry_;        // [rows, D] bf16, [rows], [rows]
   const float *lse_ = nullptr, *nll_ = nullptr;
+  std::optional<Filter> filter_;
   const c10::cuda::CUDAStream stream_ = c10::cuda::getCurrentCUDAStream();
 };
 
@@ -168,7 +277,7 @@ class Chunk {
 bool keeps_exponentials(const Tensor& hidden, const Tensor& weight, bool has_bias,
                         const LinearCrossEntropyOptions& o) {
   if (!refusal_of(hidden).empty() || !refusal_of(o).empty()) return false;
-  if (has_bias || o.label_smoothing() > 0) return false;
+  if (has_bias || o.label_smoothing() > 0 || o.reduction() == Reduction::kNone) return false;
   if (weight.dim() != 2) return false;  // which is refused later
   const c10::cuda::CUDAGuard guard(hidden.device());
   // A trace may know the tensors by symbols.
@@ -184,7 +293,9 @@ std::tuple<reference::ForwardRows, Tensor, Tensor> linear_cross_entropy_rows_wit
   const c10::cuda::CUDAGuard guard(hidden.device());
   const auto rows = hidden.size(0), vocab = weight.size(0), step = chunk_rows(rows, vocab, o);
   const auto fp32 = hidden.options().dtype(at::kFloat);
-  const auto out = empty_outputs(rows, fp32);
+  const bool filters = o.grad_mode() != GradMode::kExact;
+  auto out = empty_outputs(rows, fp32);
+  if (filters) out.dropped_mass = at::empty({rows}, fp32);
   const auto grad_hidden = at::empty(wanted[0] ? hidden.sizes() : at::IntArrayRef{0}, fp32);
   // Rounding a sum of two chunks once more is within the error of a rounded gradient; of many,
   // it would add up.
@@ -194,12 +305,16 @@ std::tuple<reference::ForwardRows, Tensor, Tensor> linear_cross_entropy_rows_wit
   {
     const Slabs slabs(weight, {}, vocab);
     const auto sampled = operand(weight.slice(0, 0, vocab, kSampled));
-    const auto e = at::empty({step, aligned(vocab)}, hidden.options());
+    const auto e = at::empty({step, row_stride(vocab)}, hidden.options());
     for (int64_t from = 0; from < rows; from += step) {
       const auto count = std::min(step, rows - from);
       Chunk chunk(hidden.narrow(0, from, count), slabs, sampled, vocab, narrow(tokens, from, count),
                   e, o);
       chunk.write_outputs(row_outputs(out, from));
+      if (filters) {
+        chunk.apply_filter(reference::filter_eps(hidden.scalar_type(), o),
+                           out.dropped_mass.narrow(0, from, count));
+      }
       const auto product = wanted[0] ? grad_hidden.narrow(0, from, count) : grad_hidden;
       if (wanted[0]) chunk.multiply_classifier(product);
       chunk.scale(row_upstream(upstream, {}));

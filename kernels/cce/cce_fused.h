@@ -13,7 +13,7 @@
 namespace ounce::fused {
 
 // What keeps a call from this path; "" = nothing.
-std::string why_not(const at::Tensor& hidden, const at::Tensor& weight,
+std::string why_not(const at::Tensor& hidden, const at::Tensor& weight, bool has_bias,
                     const std::optional<at::Tensor>& class_weight,
                     const LinearCrossEntropyOptions& options);
 
@@ -43,7 +43,8 @@ bool keeps_exponentials(const at::Tensor& hidden, const at::Tensor& weight, bool
                         const LinearCrossEntropyOptions& options);
 
 // Forward and the gradients of hidden, in fp32, and weight, each an empty [0] tensor where `wanted`
-// is false: three products of 2NDV FLOP. `upstream` of every row's loss: an fp32 scalar.
+// is false: three products of 2NDV FLOP. `upstream` of every row's loss: an fp32 scalar. With a
+// filter this is the only forward.
 std::tuple<reference::ForwardRows, at::Tensor, at::Tensor> linear_cross_entropy_rows_with_gradients(
     const at::Tensor& upstream, const at::Tensor& hidden, const at::Tensor& weight,
     const reference::Tokens& tokens, const LinearCrossEntropyOptions& options,

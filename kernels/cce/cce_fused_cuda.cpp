@@ -65,8 +65,8 @@ Tensor rounded_gradient(const Tensor& gradient, const Tensor& factor) {
   return out;
 }
 
-std::string why_not(const Tensor& hidden, const Tensor& weight, const OptionalTensor& class_weight,
-                    const LinearCrossEntropyOptions& o) {
+std::string why_not(const Tensor& hidden, const Tensor& weight, bool has_bias,
+                    const OptionalTensor& class_weight, const LinearCrossEntropyOptions& o) {
   constexpr int64_t most = std::numeric_limits<int>::max();
   if (auto refusal = refusal_of(hidden); !refusal.empty()) return refusal;
   if (hidden.numel() == 0) return "an empty hidden";
@@ -74,6 +74,12 @@ std::string why_not(const Tensor& hidden, const Tensor& weight, const OptionalTe
   if (auto refusal = refusal_of(o); !refusal.empty()) return refusal;
   if (o.label_smoothing() > 0 && o.softcap() > 0) return "label smoothing with a softcap";
   if (o.label_smoothing() > 0 && class_weight) return "label smoothing with class weights";
+  if (o.grad_mode() != GradMode::kExact) {
+    if (o.recompute() == Recompute::kAlways) return "a filter with recompute = always";
+    if (!keeps_exponentials(hidden, weight, has_bias, o)) {
+      return "a filter with a bias, label smoothing, reduction = none or too small a workspace";
+    }
+  }
   return "";
 }
 

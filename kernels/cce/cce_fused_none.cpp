@@ -4,7 +4,7 @@
 
 namespace ounce::fused {
 
-std::string why_not(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+std::string why_not(const at::Tensor&, const at::Tensor&, bool, const std::optional<at::Tensor>&,
                     const LinearCrossEntropyOptions&) {
   return kNotBuilt;
 }

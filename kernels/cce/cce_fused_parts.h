@@ -58,8 +58,8 @@ class Slabs {
     const bool copies = weight.scalar_type() != at::kBFloat16 || !is_aligned(weight) ||
                         aligned(weight.size(1)) != weight.size(1);
     const int64_t most = kSlabBytes / (2 * std::max<int64_t>(1, aligned(weight.size(1))));
-    constexpr int64_t tile = cce::kTileColumns;
-    if (copies) entries_ = std::min(entries_, std::max(tile, most / tile * tile));
+    constexpr int64_t tiles = 2 * cce::kTileColumns;  // whole tiles of a filter too
+    if (copies) entries_ = std::min(entries_, std::max(tiles, most / tiles * tiles));
   }
 
   // f(first entry, slab [S, D'], its bias or null)
@@ -133,7 +133,6 @@ inline std::string refusal_of(const Tensor& hidden) {
   return "";
 }
 inline std::string refusal_of(const LinearCrossEntropyOptions& o) {
-  if (o.grad_mode() != GradMode::kExact) return "a filter";
   if (o.return_correct()) return "return_correct";
   return o.return_entropy() ? "return_entropy" : "";
 }

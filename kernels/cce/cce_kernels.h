@@ -56,12 +56,19 @@ struct AnchoredSum {
   float largest, sum, rounding;
 };
 
+// Of kBoxColumns entries of a row, the first at a multiple of that: the largest exponential and
+// their sum in bf16, without a softcap's slope and without the target's.
+struct BoxMass {
+  uint16_t largest, sum;
+};
+
 // out [rows, vocab] bf16 as above: 2^(z - anchor_m) (1 - (z / softcap)^2), 0 at the target. A row
 // with anchor +inf is 0; its hidden state must be finite.
 struct Exponentials {
   const float* anchor = nullptr;  // [rows], z in powers of two
   void* out = nullptr;
   int64_t out_stride = 0;
+  BoxMass* boxes = nullptr;  // [schedule.tiles * 3, rows] or null
   // [pairs of tiles] or null: 0 leaves a pair's rows alone. All 0 costs a launch.
   const int* only = nullptr;
 };

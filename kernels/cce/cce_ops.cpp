@@ -87,7 +87,7 @@ void check_targets(const Inputs& in, const CceOptions& o) {
 
 bool is_fused(const Tensor& hidden, const Inputs& in, const CceOptions& o) {
   return takes_fused("linear_cross_entropy", o.implementation(), hidden,
-                     fused::why_not(hidden, in.weight, in.class_weight, o));
+                     fused::why_not(hidden, in.weight, in.bias.has_value(), in.class_weight, o));
 }
 
 Gradients backward_rows(bool fused, const Tensor& grad_rows, const Tensor& grad_lse,
@@ -134,7 +134,8 @@ Outputs forward_kernel(const Inputs& in, const CceOptions& o, Wanted wanted) {
   Tensor grad_hidden = at::empty({0}, tokens.weight.options());
   Tensor grad_weight = at::empty({0}, in.weight.options());
   Tensor grad_bias = at::empty({0}, in.weight.options());
-  if (any(wanted) && fused &&
+  const bool makes_gradients = any(wanted) || o.grad_mode() != GradMode::kExact;
+  if (makes_gradients && fused &&
       fused::keeps_exponentials(hidden, in.weight, in.bias.has_value(), o)) {
     std::tie(rows, grad_hidden, grad_weight) = fused::linear_cross_entropy_rows_with_gradients(
         upstream(), hidden, in.weight, tokens, o, {wanted[0], wanted[1]});
@@ -176,7 +177,8 @@ Gradients backward_kernel(const OptionalTensor& grad_loss, const OptionalTensor&
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
   o.return_entropy(grad_entropy.has_value());
-  const bool fused = is_fused(hidden, in, o);
+  // With a filter the fused path makes gradients in forward alone.
+  const bool fused = o.grad_mode() == GradMode::kExact && is_fused(hidden, in, o);
   const auto tokens = tokens_of(fused, in, o);
   const auto compute = tokens.weight.options();
   const auto zero = at::zeros({}, compute);

@@ -173,20 +173,6 @@ Tensor per_tile(const Tensor& rv, bool maximum) {
   return at::cat(parts, 1);
 }
 
-double filter_eps(const Tensor& hidden, const LinearCrossEntropyOptions& options) {
-  if (options.filter_eps()) return *options.filter_eps();
-  switch (hidden.scalar_type()) {
-    case at::kBFloat16:
-      return std::numeric_limits<c10::BFloat16>::epsilon() / 32.0;
-    case at::kHalf:
-      return std::numeric_limits<c10::Half>::epsilon() / 32.0;
-    case at::kFloat:
-      return std::numeric_limits<float>::epsilon() / 32.0;
-    default:
-      return std::numeric_limits<double>::epsilon() / 32.0;
-  }
-}
-
 // Which tiles of a chunk are kept, for every row of it: bool [rows, tiles].
 Tensor kept_tiles(const Exponentials& e, const Tensor& target, const Tensor& counted, double eps) {
   const int64_t rows = target.size(0);
@@ -287,6 +273,20 @@ Tensor logit_gradient(Exponentials& e, const Chunk& chunk, const Smoothing& smoo
 
 }  // namespace
 
+double filter_eps(at::ScalarType hidden, const LinearCrossEntropyOptions& options) {
+  if (options.filter_eps()) return *options.filter_eps();
+  switch (hidden) {
+    case at::kBFloat16:
+      return std::numeric_limits<c10::BFloat16>::epsilon() / 32.0;
+    case at::kHalf:
+      return std::numeric_limits<c10::Half>::epsilon() / 32.0;
+    case at::kFloat:
+      return std::numeric_limits<float>::epsilon() / 32.0;
+    default:
+      return std::numeric_limits<double>::epsilon() / 32.0;
+  }
+}
+
 Tokens describe_tokens(const Tensor& target, const Tensor& counted,
                        const OptionalTensor& token_weight, const OptionalTensor& class_weight,
                        int64_t vocab, at::ScalarType compute) {
@@ -346,7 +346,7 @@ ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight
     put(out.lse, e.lse);
     if (options.return_entropy()) put(out.entropy, entropy(e));
     if (filters) {
-      const auto kept = kept_tiles(e, chunk.target, chunk.counted, filter_eps(hidden, options));
+      const auto kept = kept_tiles(e, chunk.target, chunk.counted, filter_eps(hidden.scalar_type(), options));
       const auto mass = per_tile(e.rest_rv, /*maximum=*/false).masked_fill(kept, 0).sum(1);
       put(out.dropped_mass, mass / e.total());
     }
@@ -392,7 +392,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
     auto e = exponentials(z, chunk.target, smoothing.class_weights, options);
     Tensor kept;
     if (options.grad_mode() != GradMode::kExact) {
-      kept = kept_tiles(e, chunk.target, chunk.counted, filter_eps(hidden, options));
+      kept = kept_tiles(e, chunk.target, chunk.counted, filter_eps(hidden.scalar_type(), options));
     }
     auto d =
         logit_gradient(e, chunk, smoothing, rows_upstream.narrow(0, from, rows),

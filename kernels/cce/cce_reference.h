@@ -31,6 +31,9 @@ Tokens describe_tokens(const at::Tensor& target, const at::Tensor& counted,
                        const std::optional<at::Tensor>& class_weight, int64_t vocab,
                        at::ScalarType compute);
 
+// options.filter_eps, or its default for hidden states of a dtype.
+double filter_eps(at::ScalarType hidden, const LinearCrossEntropyOptions& options);
+
 struct ForwardRows {
   at::Tensor loss, lse, z_loss;  // [N], not reduced, 0 where not counted
   at::Tensor nll;                // [N] lse - z_y, 0 where not counted

@@ -1,45 +1,25 @@
 // SPDX-License-Identifier: MIT
-// The passes over the logits on Hopper: a persistent GEMM whose epilogue is the pass. One warp
-// fetches tiles with the copy engine, the classifier's to both blocks of a cluster at once; two
-// warpgroups multiply in turn, so that one's epilogue runs under the other's products.
+// The passes over the logits on Hopper: a persistent GEMM (cce_tiles.h) whose epilogue is the pass.
+// A cluster's blocks have tiles one below the other; the classifier's are fetched for both at once.
 #include <cuda_runtime.h>
 #include <ounce/kernels/cce/cce_kernels.h>
 #include <ounce/kernels/cce/cce_rows.h>
+#include <ounce/kernels/cce/cce_tiles.h>
 #include <ounce/kernels/common/tma.h>
-#include <ounce/kernels/common/wgmma.h>
 
 #include <cuda_bf16.h>
 
 namespace ounce::cce {
 namespace {
 
-constexpr int kGroup = 128;  // threads
-constexpr int kThreads = 3 * kGroup;
-constexpr int kHiddenBytes = kTileRows * kDepth * 2, kWeightBytes = kTileColumns * kDepth * 2;
 constexpr int kHalfColumns = kTileColumns / 2;  // fetched by each block for both
 constexpr int kOutBytes = kTileRows * kTileColumns * 2;
-constexpr int kBoxColumns = 64, kBoxBytes = kTileRows * kBoxColumns * 2;  // of the output
+constexpr int kBoxes = kTileColumns / kBoxColumns, kBoxBytes = kTileRows * kBoxColumns * 2;
 
 enum class Pass { kSum, kGradient, kExponential };
 
-// A block's shared memory: stages of the two operands, the output, barriers of the stages.
 template <Pass pass>
-struct Memory {
-  static constexpr int kStages = pass == Pass::kSum ? 5 : 4;
-  static constexpr int kStageBytes = kHiddenBytes + kWeightBytes;
-  static constexpr int kOutAt = kStages * kStageBytes;
-  static constexpr int kFullAt = kOutAt + (pass == Pass::kSum ? 0 : kOutBytes);
-  static constexpr int kEmptyAt = kFullAt + kStages * 8;
-  static constexpr int kBytes = kEmptyAt + kStages * 8 + 1024;  // to begin at a multiple of 1024
-
-  uint32_t base;
-
-  __device__ uint32_t hidden(int stage) const { return base + stage * kStageBytes; }
-  __device__ uint32_t weight(int stage) const { return hidden(stage) + kHiddenBytes; }
-  __device__ uint32_t out() const { return base + kOutAt; }
-  __device__ uint32_t full(int stage) const { return base + kFullAt + stage * 8; }
-  __device__ uint32_t empty(int stage) const { return base + kEmptyAt + stage * 8; }
-};
+using Memory = Ring<pass == Pass::kSum ? 5 : 4, pass == Pass::kSum ? 0 : kOutBytes>;
 
 struct Arguments {
   CUtensorMap hidden, weight, out;
@@ -107,46 +87,16 @@ struct Walk {
 template <Pass pass>
 __device__ void fetch(const Arguments& a, Memory<pass> memory, int depth_steps, int cluster,
                       uint32_t block) {
-  int stage = 0;
-  uint32_t phase = 0;
+  typename Memory<pass>::Place place(0);
   for (Walk walk(a, cluster); !walk.over(); walk.next()) {
     const int row = walk.pair() * kPairRows + static_cast<int>(block) * kTileRows;
     const int column = walk.tile * kTileColumns + static_cast<int>(block) * kHalfColumns;
-    for (int step = 0; step < depth_steps; ++step) {
-      ptx::wait(memory.empty(stage), phase ^ 1);
-      ptx::arrive_and_expect(memory.full(stage), kHiddenBytes + kWeightBytes);
-      tma::load(memory.hidden(stage), &a.hidden, step * kDepth, row, memory.full(stage));
-      tma::load_multicast(memory.weight(stage) + block * (kWeightBytes / 2), &a.weight,
-                          step * kDepth, column, memory.full(stage), 0b11);
-      if (++stage == memory.kStages) {
-        stage = 0;
-        phase ^= 1;
-      }
-    }
-  }
-}
-
-// A thread's four rows of a tile: [half of 64 rows][8 rows further].
-using Rows = float[2][2];
-using Accumulators = float[2][kTileColumns / 2];
-
-struct Lane {
-  int warp, lane;
-  __device__ int row(int half, int h) const { return half * 64 + warp * 16 + h * 8 + lane / 4; }
-  __device__ int column(int g, int c) const { return g * 8 + (lane & 3) * 2 + c; }
-};
-
-template <class F>
-__device__ void each_element(Accumulators& d, const F& f) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int g = 0; g < kTileColumns / 8; ++g) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) f(d[half][g * 4 + h * 2 + c], half, g, h, c);
-      }
+    for (int step = 0; step < depth_steps; ++step, place.next()) {
+      memory.claim(place);
+      const uint32_t full = memory.full(place.stage);
+      tma::load(memory.left(place.stage), &a.hidden, step * kDepth, row, full);
+      tma::load_multicast(memory.right(place.stage) + block * (kRightBytes / 2), &a.weight,
+                          step * kDepth, column, full, 0b11);
     }
   }
 }
@@ -307,18 +257,21 @@ struct Kept {
   }
 };
 
-// Of a row of a tile: the exponentials, what is made of them, and that rounded to bf16.
+// Of a row of a tile: the exponentials, what is made of them, and that rounded to bf16. Where boxes
+// are measured, of the box that is under way: the exponentials and the largest.
 struct RowSum {
   float plain = 0, exact = 0, rounded = 0;
+  float largest = 0, before = 0;  // of the boxes before
 };
 
 // z / k of two neighbours in a row -> their entries of the output.
-template <bool capped>
+template <bool capped, bool measured>
 __device__ inline uint32_t entry_pair(float z0, float z1, float factor, float base, float k2,
                                       float slope_of, RowSum& sum) {
   float v0 = ptx::exp2(fmaf(z0, k2, -base)), v1 = ptx::exp2(fmaf(z1, k2, -base));
+  if constexpr (measured) sum.largest = fmaxf(sum.largest, fmaxf(v0, v1));
+  if constexpr (measured || capped) sum.plain += v0 + v1;
   if constexpr (capped) {
-    sum.plain += v0 + v1;
     v0 *= fmaf(-(z0 * slope_of), z0 * slope_of, 1);
     v1 *= fmaf(-(z1 * slope_of), z1 * slope_of, 1);
   }
@@ -331,15 +284,26 @@ __device__ inline uint32_t entry_pair(float z0, float z1, float factor, float ba
   return bits;
 }
 
-// z / k -> its entry of the output, into `out`.
-template <Pass pass, bool capped>
-__device__ void stage_entries(const Arguments& a, const Lane& at, int first_row, float k,
+// A box of a row is complete.
+__device__ inline void measure_box(const Arguments& a, int row, int box, const Lane& at,
+                                   RowSum& sum) {
+  const float mass = over_row(sum.plain), top = top_of_row(sum.largest);
+  sum.before += sum.plain;
+  sum.plain = sum.largest = 0;
+  if ((at.lane & 3) != 0 || row >= static_cast<int>(a.logits.rows)) return;
+  a.exponentials.boxes[box * a.logits.rows + row] = {
+      __bfloat16_as_ushort(__float2bfloat16_rn(top)),
+      __bfloat16_as_ushort(__float2bfloat16_rn(mass))};
+}
+
+// z / k -> its entry of the output, into `out`. With `measured` the boxes' masses go to memory.
+template <Pass pass, bool capped, bool measured>
+__device__ void stage_entries(const Arguments& a, const Lane& at, int first_row, int tile, float k,
                               const Accumulators& d, uint32_t out, Kept& kept) {
   const float slope_of = capped ? k / a.logits.softcap : 0, k2 = k * kLog2e;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float factor[2], base[2];
-    RowSum sum[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = first_row + at.row(half, h);
@@ -353,6 +317,7 @@ __device__ void stage_entries(const Arguments& a, const Lane& at, int first_row,
         base[h] = factor[h] != 0 ? __ldg(a.gradient.lse + row) * kLog2e : INFINITY;
       }
     }
+    RowSum sum[2];
     const int row = half * 64 + at.warp * 16 + (at.lane & 15);
 #pragma unroll
     for (int g = 0; g < kTileColumns / 8; g += 2) {
@@ -360,17 +325,26 @@ __device__ void stage_entries(const Arguments& a, const Lane& at, int first_row,
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* z = d[half] + g * 4 + i * 2;
-        pairs[i] =
-            entry_pair<capped>(z[0], z[1], factor[i & 1], base[i & 1], k2, slope_of, sum[i & 1]);
+        pairs[i] = entry_pair<capped, measured>(z[0], z[1], factor[i & 1], base[i & 1], k2,
+                                                slope_of, sum[i & 1]);
       }
       ptx::store_matrices(place_of(out, row, (g + (at.lane >> 4)) * 8), pairs[0], pairs[1],
                           pairs[2], pairs[3]);
+      if constexpr (measured) {
+        if ((g + 2) % (kBoxColumns / 8) == 0) {
+          const int box = tile * kBoxes + g / (kBoxColumns / 8);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            measure_box(a, first_row + at.row(half, h), box, at, sum[h]);
+          }
+        }
+      }
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       kept.rounding[half][h] += sum[h].rounded - sum[h].exact;
       if constexpr (pass == Pass::kExponential) {
-        const float all = capped ? sum[h].plain : sum[h].exact;
+        const float all = measured ? sum[h].before : capped ? sum[h].plain : sum[h].exact;
         kept.sum[half][h] += all;
         if (all < kLargeSum) continue;
 #pragma unroll
@@ -403,54 +377,15 @@ __device__ void put_targets(const Arguments& a, const Lane& at, int first_row, i
   }
 }
 
-// Of the named barriers: the turn of a warpgroup to multiply, and to use the output's memory.
-constexpr int kMultiplyTurn = 1, kOutTurn = 3, kStaged = 5;
-
-// One tile's products: D = X C^T, over stages in ring order from `position` on.
-template <Pass pass>
-__device__ void multiply_tile(Accumulators& d, Memory<pass> memory, int position, int depth_steps,
-                              uint32_t block) {
-  const int thread = threadIdx.x % kGroup;
-  int stage = position % memory.kStages, previous = 0;
-  auto phase = static_cast<uint32_t>(position / memory.kStages) & 1;
-  // To the blocks that fetch into this stage.
-  const auto release = [&] {
-    if (thread == 0) ptx::arrive(memory.empty(previous));
-    if (thread == 32) ptx::arrive_at(memory.empty(previous), block ^ 1);
-  };
-  for (int step = 0; step < depth_steps; ++step) {
-    ptx::wait(memory.full(stage), phase);
-    const auto x = wgmma::descriptor(memory.hidden(stage));
-    const auto c = wgmma::descriptor(memory.weight(stage));
-    wgmma::fence();
-#pragma unroll
-    for (int k = 0; k < kDepth / 16; ++k) {
-      wgmma::multiply(d[0], x + 2 * k, c + 2 * k, step | k);
-      wgmma::multiply(d[1], x + 2 * k + 512, c + 2 * k, step | k);
-    }
-    wgmma::commit();
-    if (step > 0) {
-      wgmma::wait<1>();
-      release();
-    }
-    previous = stage;
-    if (++stage == memory.kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-  const int other = 2 - threadIdx.x / kGroup;
-  ptx::named_arrive(kMultiplyTurn + other, 2 * kGroup);
-  wgmma::wait<0>();
-  release();
-}
+// Of the named barriers: the turn of a warpgroup to use the output's memory; its tile is staged.
+constexpr int kOutTurn = kMultiplyTurn + kLanes, kStaged = kOutTurn + kLanes;
 
 // A staged tile to global memory; then it is the other warpgroup's turn to stage one.
 __device__ void store_out(const Arguments& a, uint32_t out, int first_row, int first, int turn) {
   ptx::fence_shared_for_async();
   ptx::named_wait(kStaged + turn, kGroup);
   if (threadIdx.x % kGroup == 0) {
-    for (int box = 0; box < kTileColumns / kBoxColumns; ++box) {
+    for (int box = 0; box < kBoxes; ++box) {
       const int column = first + box * kBoxColumns;
       if (column < a.logits.vocab) tma::store(&a.out, out + box * kBoxBytes, column, first_row);
     }
@@ -481,7 +416,7 @@ __device__ void write_kept(const Arguments& a, const Lane& at, int slot, float k
   }
 }
 
-template <Pass pass, bool capped>
+template <Pass pass, bool capped, bool measured>
 __device__ void multiply(const Arguments& a, Memory<pass> memory, int depth_steps, int cluster,
                          uint32_t block) {
   const int thread = threadIdx.x % kGroup, turn = threadIdx.x / kGroup - 1;
@@ -501,7 +436,16 @@ __device__ void multiply(const Arguments& a, Memory<pass> memory, int depth_step
     const int first = walk.tile * kTileColumns;
     if (walk.count % kLanes == turn) {
       ptx::named_wait(kMultiplyTurn + turn, 2 * kGroup);
-      multiply_tile(d, memory, walk.count * depth_steps, depth_steps, block);
+      multiply_tile(d, memory, walk.count * depth_steps, depth_steps, block,
+                    [&](int stage, int add) {
+                      const auto x = wgmma::descriptor(memory.left(stage));
+                      const auto c = wgmma::descriptor(memory.right(stage));
+#pragma unroll
+                      for (int k = 0; k < kDepth / 16; ++k) {
+                        wgmma::multiply(d[0], x + 2 * k, c + 2 * k, add | k);
+                        wgmma::multiply(d[1], x + 2 * k + 512, c + 2 * k, add | k);
+                      }
+                    });
       const float k = factor_of_logits(p);
       finish_logits(p, at, first, d);
       take_targets(p, at, first_row, first, d, [&](int row, float z) {
@@ -511,7 +455,8 @@ __device__ void multiply(const Arguments& a, Memory<pass> memory, int depth_step
         running.add(d, k * kLog2e);
       } else {
         ptx::named_wait(kOutTurn + turn, 2 * kGroup);
-        stage_entries<pass, capped>(a, at, first_row, k, d, memory.out(), kept);
+        stage_entries<pass, capped, measured>(a, at, first_row, walk.tile, k, d, memory.out(),
+                                              kept);
         if constexpr (pass == Pass::kGradient) {
           put_targets(a, at, first_row, first, memory.out(), kept.rounding);
         }
@@ -532,29 +477,22 @@ __device__ void multiply(const Arguments& a, Memory<pass> memory, int depth_step
   if (thread == 0) tma::wait_stores();
 }
 
-template <Pass pass, bool capped>
+template <Pass pass, bool capped, bool measured>
 __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     pass_over_logits(const __grid_constant__ Arguments a) {
   extern __shared__ char raw[];
-  const Memory<pass> memory{(ptx::shared_address(raw) + 1023) / 1024 * 1024};
+  const Memory<pass> memory(raw);
   const uint32_t block = ptx::block_in_cluster();
   const int cluster = blockIdx.x / 2;
   const int depth_steps = static_cast<int>((a.logits.dim + kDepth - 1) / kDepth);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < memory.kStages; ++i) {
-      ptx::init(memory.full(i), 1);
-      ptx::init(memory.empty(i), 2);
-    }
-    ptx::fence_init();
-  }
-  ptx::cluster_sync();
+  memory.start();
   // Together what the block was launched with: 3 x 168.
   if (threadIdx.x < kGroup) {
     ptx::give_registers<40>();
-    if (threadIdx.x == 0) fetch(a, memory, depth_steps, cluster, block);
+    if (threadIdx.x == 0) fetch<pass>(a, memory, depth_steps, cluster, block);
   } else {
     ptx::take_registers<232>();
-    multiply<pass, capped>(a, memory, depth_steps, cluster, block);
+    multiply<pass, capped, measured>(a, memory, depth_steps, cluster, block);
   }
   // A block's memory and barriers are used by the other one until both are through.
   ptx::cluster_sync();
@@ -567,14 +505,15 @@ cudaError_t map_of(CUtensorMap* map, const void* data, int64_t rows, int64_t col
                        box_rows);
 }
 
-template <Pass pass, bool capped>
-cudaError_t launch(const Arguments& a, cudaStream_t stream) {
+template <Pass pass, bool capped, bool measured>
+cudaError_t launch_kernel(const Arguments& a, cudaStream_t stream) {
   constexpr int bytes = Memory<pass>::kBytes;
+  const auto kernel = pass_over_logits<pass, capped, measured>;
   // An attribute is of the current device.
-  const auto allowed = cudaFuncSetAttribute(pass_over_logits<pass, capped>,
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const auto allowed =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (allowed != cudaSuccess) return allowed;
-  pass_over_logits<pass, capped><<<2 * a.logits.schedule.clusters, kThreads, bytes, stream>>>(a);
+  kernel<<<2 * a.logits.schedule.clusters, kThreads, bytes, stream>>>(a);
   return cudaGetLastError();
 }
 
@@ -585,10 +524,17 @@ cudaError_t launch(Arguments& a, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   error = map_of(&a.weight, p.weight, p.vocab, p.dim, p.weight_stride, kHalfColumns);
   if (error != cudaSuccess) return error;
-  if constexpr (pass != Pass::kSum) {
-    if (p.softcap > 0) return launch<pass, true>(a, stream);
+  const bool capped = p.softcap > 0;
+  if constexpr (pass == Pass::kExponential) {
+    if (a.exponentials.boxes != nullptr) {
+      return capped ? launch_kernel<pass, true, true>(a, stream)
+                    : launch_kernel<pass, false, true>(a, stream);
+    }
   }
-  return launch<pass, false>(a, stream);
+  if constexpr (pass != Pass::kSum) {
+    if (capped) return launch_kernel<pass, true, false>(a, stream);
+  }
+  return launch_kernel<pass, false, false>(a, stream);
 }
 
 }  // namespace
@@ -638,15 +584,15 @@ int clusters_of_device() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (major != 9) return 0;
   using S = Memory<Pass::kSum>;
-  cudaFuncSetAttribute(pass_over_logits<Pass::kSum, false>,
+  cudaFuncSetAttribute(pass_over_logits<Pass::kSum, false, false>,
                        cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
   cudaLaunchConfig_t config{};
   config.gridDim = 2;
   config.blockDim = kThreads;
   config.dynamicSmemBytes = S::kBytes;
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, pass_over_logits<Pass::kSum, false>, &config) !=
-      cudaSuccess) {
+  if (cudaOccupancyMaxActiveClusters(&clusters, pass_over_logits<Pass::kSum, false, false>,
+                                     &config) != cudaSuccess) {
     cudaGetLastError();
     return 0;
   }

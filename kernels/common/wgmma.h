@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Warpgroup matrix products: D [64, N] fp32 in the registers of 128 threads += A [64, 16] B [N,
-// 16]^T, both in shared memory, their rows 64 elements of 16 bits in the swizzle of tma.h.
+// 16]^T, both in shared memory in the swizzle of tma.h: rows of 64 elements of 16 bits along the
+// inner dimension, or, transposed, along the outer one.
 //
 // Thread t of the warpgroup, of warp w = t / 32 and lane l = t % 32, holds for every 8 columns g
 // the elements d[4g + 2h + c] of row 16w + 8h + l / 4 and column 8g + 2 (l % 4) + c; h, c in {0,
@@ -13,8 +14,10 @@ namespace ounce::wgmma {
 
 // Of an operand whose first row lies at a multiple of 1024 bytes: where it is, 1024 bytes from one
 // 8 rows to the next, 128-byte swizzle. 16 elements further is + 2; 64 rows further is + 512.
-__device__ inline uint64_t descriptor(uint32_t rows) {
-  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) |
+// Of a transposed one: rows of 64 outer for one inner index each; the next 64 outer are `next`
+// bytes on, 16 inner indices further is + 128.
+__device__ inline uint64_t descriptor(uint32_t rows, uint32_t next = 16) {
+  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{next >> 4} << 16) |
          ((rows & 0x3FFFF) >> 4);
 }
 
@@ -28,6 +31,7 @@ __device__ inline void wait() {
 }
 
 // N = 192, bf16. `add` = 0 overwrites D.
+template <bool a_is_transposed = false, bool b_is_transposed = false>
 __device__ inline void multiply(float (&d)[96], uint64_t a, uint64_t b, int add) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\n"
@@ -44,7 +48,7 @@ __device__ inline void multiply(float (&d)[96], uint64_t a, uint64_t b, int add)
       "%72, %73, %74, %75, %76, %77, %78, %79, "
       "%80, %81, %82, %83, %84, %85, %86, %87, "
       "%88, %89, %90, %91, %92, %93, %94, %95}, "
-      "%96, %97, add, 1, 1, 0, 0;\n}"
+      "%96, %97, add, 1, 1, %99, %100;\n}"
       :  // clang-format off
         "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
         "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
@@ -71,7 +75,7 @@ __device__ inline void multiply(float (&d)[96], uint64_t a, uint64_t b, int add)
         "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]),
         "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
       // clang-format on
-      : "l"(a), "l"(b), "r"(add));
+      : "l"(a), "l"(b), "r"(add), "n"(int{a_is_transposed}), "n"(int{b_is_transposed}));
 }
 
 }  // namespace ounce::wgmma

@@ -40,6 +40,24 @@ def cce_inputs(shape, device, dtype):
     return (hidden, weight), (torch.randint(0, v, (n,), device=device),)
 
 
+def cce_keeping(share):
+    """Logits of standard deviation 3 as a trained model has them: all tokens find the first `share` of the
+    vocabulary likely, so that a filter keeps as much."""
+
+    def inputs(shape, device, dtype):
+        n, d, v = shape
+        (hidden, weight), _ = cce_inputs(shape, device, dtype)
+        likely = int(v * share) // 128 * 128
+        with torch.no_grad():
+            weight.mul_(3)
+            hidden[:, 0] = 1
+            weight[:, 0] = 0
+            weight[likely:, 0] = -20
+        return (hidden, weight), (torch.randint(0, likely, (n,), device=device),)
+
+    return inputs
+
+
 def cce_ours(**options):
     return lambda ops: lambda leaves, rest: ops.linear_cross_entropy(*leaves, *rest, **options)[0]
 
@@ -144,7 +162,24 @@ CCE_SHAPES = [
     (8191, 2304, 256003),
 ]
 
+
+def cce_filtered(share):
+    """Everybody's filter at its default, on data of which it keeps `share`."""
+    return {
+        "gpu": CCE_SHAPES[:2],
+        "cpu": [(1024, 128, 8192)],
+        "inputs": cce_keeping(share),
+        "ours": cce_ours(grad_mode="filter"),
+        "peers": {
+            "cuBLAS products": cce_products,
+            "ours, exact": lambda: cce_ours()(torch.ops.ounce),
+            "Apple CCE": cce_apple(impl="cce"),
+        },
+    }
+
+
 FAMILIES = {
+    **{f"cce-keep{percent}": cce_filtered(percent / 100) for percent in (20, 25, 50, 100)},
     "cce": {
         "gpu": CCE_SHAPES,
         "cpu": [(1024, 128, 8192)],

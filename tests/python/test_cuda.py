@@ -91,6 +91,7 @@ def cases():
     return {
         "linear_cross_entropy bf16": cce_case(torch.bfloat16, torch.bfloat16),
         "linear_cross_entropy bf16, recompute": cce_case(torch.bfloat16, torch.bfloat16, recompute="always"),
+        "linear_cross_entropy bf16, filter": cce_case(torch.bfloat16, torch.bfloat16, grad_mode="filter"),
         "linear_cross_entropy bf16, weight fp32": cce_case(torch.bfloat16, torch.float32, **every),
         "linear_cross_entropy fp32": cce_case(torch.float32, torch.float32, workspace_bytes=0),
         "chunk_gla": gla_case(OPS.chunk_gla, packed=False),
