@@ -82,6 +82,11 @@ struct LinearCrossEntropyOptions {
   // it such a target makes its row's loss, and every gradient it touches, NaN.
   TORCH_ARG(bool, validate_targets) = false;
 
+  // [V, D] contiguous, fp32 (fp64 for fp64 inputs): backward adds the weight's gradient to it, with
+  // neither a gradient nor a sum in memory beside it; the weight itself gets none. With
+  // Recompute::kNever, which would have to add before the upstream is known, it throws.
+  TORCH_ARG(at::Tensor, main_grad);
+
   // These change time, memory and rounding only.
   // -1: 128 MiB on a CPU and for the fused path's backward, at most 2.5 GiB where its forward makes
   // the gradients, else 512 MiB.
@@ -89,16 +94,16 @@ struct LinearCrossEntropyOptions {
   TORCH_ARG(Recompute, recompute) = Recompute::kAuto;
   TORCH_ARG(bool, deterministic) = true;
   TORCH_ARG(at::ScalarType, accum) = at::kFloat;  // of the gradients; fp64 inputs use fp64
-  // auto | fused | reference. Fused: bf16 hidden on a Hopper GPU, without filter, return_correct,
-  // return_entropy, or smoothing beside a softcap or class weights. "fused" throws where that does
-  // not fit; "auto" takes the reference, and on a GPU warns once for each reason (OUNCE_STRICT=1:
+  // auto | fused | reference. Fused: bf16 hidden on a Hopper GPU, without return_correct,
+  // return_entropy, or smoothing beside a softcap or class weights; with a filter a sum or a mean
+  // without bias and smoothing, whose gradients forward makes. "fused" throws where that does not
+  // fit; "auto" takes the reference, and on a GPU warns once for each reason (OUNCE_STRICT=1:
   // throws).
   TORCH_ARG(std::string, implementation) = "auto";
 };
 
 // Tensors that were not asked for are undefined. "Per token" has the target's shape. Floating
-// tensors are fp32, or fp64 for fp64 inputs; only loss, lse and entropy carry
-// gradients.
+// tensors are fp32, or fp64 for fp64 inputs; only loss, lse and entropy carry gradients.
 struct LinearCrossEntropyOutput {
   at::Tensor loss;     // scalar, or per token with Reduction::kNone
   at::Tensor n_valid;  // int64 scalar: counted tokens

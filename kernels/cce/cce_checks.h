@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The arguments of linear_cross_entropy and what is asked of them; included by cce_ops.cpp alone.
+// The arguments of linear_cross_entropy and what is asked of them; included by cce_calls.h alone.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -138,6 +138,14 @@ inline void check_inputs(const CceInputs& in, const CceOptions& o) {
   OUNCE_CHECK(target.sizes() == hidden.sizes().slice(0, hidden.dim() - 1),
               "[linear_cross_entropy] expected target of hidden's shape without D, ",
               hidden.sizes().slice(0, hidden.dim() - 1), ", got ", target.sizes());
+  if (const auto& main = o.main_grad(); main.defined()) {
+    const auto type = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    check_same_device("main_grad", main, hidden);
+    OUNCE_CHECK(
+        main.sizes() == weight.sizes() && main.scalar_type() == type && main.is_contiguous(),
+        "[linear_cross_entropy] expected main_grad contiguous, ", type, " ", weight.sizes(),
+        ", got ", main.scalar_type(), " ", main.sizes(), " with strides ", main.strides());
+  }
   const int64_t length = target.dim() > 0 ? target.size(-1) : 1;
   OUNCE_CHECK(o.shift() == 0 || (o.shift() > 0 && o.shift() < length),
               "[linear_cross_entropy] expected 0 <= shift < T = ", length, ", got ", o.shift());

@@ -274,16 +274,21 @@ class Chunk {
 
 }  // namespace
 
-bool keeps_exponentials(const Tensor& hidden, const Tensor& weight, bool has_bias,
-                        const LinearCrossEntropyOptions& o) {
-  if (!refusal_of(hidden).empty() || !refusal_of(o).empty()) return false;
-  if (has_bias || o.label_smoothing() > 0 || o.reduction() == Reduction::kNone) return false;
-  if (weight.dim() != 2) return false;  // which is refused later
+std::string why_not_in_forward(const Tensor& hidden, const Tensor& weight, bool has_bias,
+                               const LinearCrossEntropyOptions& o) {
+  if (auto refusal = refusal_of(hidden); !refusal.empty()) return refusal;
+  if (auto refusal = refusal_of(o); !refusal.empty()) return refusal;
+  if (has_bias) return "a bias";
+  if (o.label_smoothing() > 0) return "label smoothing";
+  if (o.reduction() == Reduction::kNone) return "reduction = none";
+  if (weight.dim() != 2) return "a weight that is not [V, D]";  // which is refused later
   const c10::cuda::CUDAGuard guard(hidden.device());
   // A trace may know the tensors by symbols.
   const auto vocab = weight.sym_size(0).guard_int(__FILE__, __LINE__);
   const auto dim = weight.sym_size(1).guard_int(__FILE__, __LINE__);
-  return vocab > 0 && dim % kAlignment == 0 && chunk_rows(cce::kPairRows, vocab, o) > 0;
+  if (dim % kAlignment != 0) return c10::str("D = ", dim, ", no multiple of ", kAlignment);
+  const bool fits = vocab > 0 && chunk_rows(cce::kPairRows, vocab, o) > 0;
+  return fits ? "" : c10::str("a workspace that does not hold ", cce::kPairRows, " tokens");
 }
 
 std::tuple<reference::ForwardRows, Tensor, Tensor> linear_cross_entropy_rows_with_gradients(
@@ -300,8 +305,10 @@ std::tuple<reference::ForwardRows, Tensor, Tensor> linear_cross_entropy_rows_wit
   // Rounding a sum of two chunks once more is within the error of a rounded gradient; of many,
   // it would add up.
   const bool sums_fp32 = weight.scalar_type() == at::kFloat || rows > 2 * step;
-  Tensor grad_weight = at::empty(wanted[1] ? weight.sizes() : at::IntArrayRef{0},
-                                 sums_fp32 ? fp32 : weight.options());
+  const bool adds = o.main_grad().defined();
+  Tensor grad_weight = adds ? o.main_grad()
+                            : at::empty(wanted[1] ? weight.sizes() : at::IntArrayRef{0},
+                                        sums_fp32 ? fp32 : weight.options());
   {
     const Slabs slabs(weight, {}, vocab);
     const auto sampled = operand(weight.slice(0, 0, vocab, kSampled));
@@ -319,9 +326,10 @@ std::tuple<reference::ForwardRows, Tensor, Tensor> linear_cross_entropy_rows_wit
       if (wanted[0]) chunk.multiply_classifier(product);
       chunk.scale(row_upstream(upstream, {}));
       if (wanted[0]) chunk.finish_hidden(product, weight);
-      if (wanted[1]) chunk.add_weight_gradient(grad_weight, from == 0);
+      if (wanted[1]) chunk.add_weight_gradient(grad_weight, from == 0 && !adds);
     }
   }
+  if (adds) grad_weight = at::empty({0}, fp32);
   return {out, grad_hidden, grad_weight.to(weight.scalar_type())};
 }
 

@@ -37,10 +37,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_rows_backwar
     const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted,
     at::ScalarType hidden_type);
 
-// Whether forward should make the gradients: the types and options fit, and the workspace holds the
-// exponentials of 256 tokens.
-bool keeps_exponentials(const at::Tensor& hidden, const at::Tensor& weight, bool has_bias,
-                        const LinearCrossEntropyOptions& options);
+// What keeps this path's forward from making the gradients; "" = nothing.
+std::string why_not_in_forward(const at::Tensor& hidden, const at::Tensor& weight, bool has_bias,
+                               const LinearCrossEntropyOptions& options);
 
 // Forward and the gradients of hidden, in fp32, and weight, each an empty [0] tensor where `wanted`
 // is false: three products of 2NDV FLOP. `upstream` of every row's loss: an fp32 scalar. With a

@@ -76,9 +76,8 @@ std::string why_not(const Tensor& hidden, const Tensor& weight, bool has_bias,
   if (o.label_smoothing() > 0 && class_weight) return "label smoothing with class weights";
   if (o.grad_mode() != GradMode::kExact) {
     if (o.recompute() == Recompute::kAlways) return "a filter with recompute = always";
-    if (!keeps_exponentials(hidden, weight, has_bias, o)) {
-      return "a filter with a bias, label smoothing, reduction = none or too small a workspace";
-    }
+    const auto refusal = why_not_in_forward(hidden, weight, has_bias, o);
+    if (!refusal.empty()) return "a filter with " + refusal;
   }
   return "";
 }
@@ -178,7 +177,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
   auto dlogits = at::empty({rows, aligned(slabs.entries())}, x.options());
   auto rounding = at::zeros({rows}, fp32);
   const auto grad_x = wanted[0] ? at::empty(x.sizes(), fp32) : Tensor();
-  Tensor grad_weight = at::empty(wanted[1] ? weight.sizes() : at::IntArrayRef{0}, weight.options());
+  const auto none = at::empty({0}, weight.options());
+  const bool adds = o.main_grad().defined();
+  const auto grad_weight = !wanted[1] ? none : adds ? o.main_grad() : at::empty_like(weight);
   Tensor grad_bias = at::empty({wanted[2] ? vocab : 0}, weight.options());
   Tensor row_of_weight;  // what smoothing takes from every row of its gradient
   if (smooths && wanted[1]) {
@@ -205,9 +206,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
     if (wanted[1]) {
       auto out = grad_weight.narrow(0, from, entries);
       if (x.size(1) != dim) {
-        out.copy_(at::mm(d.t(), x, at::kFloat).narrow(1, 0, dim));
+        const auto product = at::mm(d.t(), x, at::kFloat).narrow(1, 0, dim);
+        adds ? out.add_(product) : out.copy_(product);
       } else {
-        multiply(out, d.t(), x, false);
+        multiply(out, d.t(), x, adds);
       }
       if (smooths) out.sub_(row_of_weight);
     }
@@ -221,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
   // What rounding took from or gave to a row's sum goes to its target: exact where the classifier's
   // rows are alike, and their errors would add up.
   if (wanted[0]) finish_hidden(grad_hidden, grad_x, {}, rounding.neg_(), weight, tokens.place);
-  return {grad_hidden, grad_weight, grad_bias};
+  return {grad_hidden, adds ? none : grad_weight, grad_bias};
 }
 
 }  // namespace ounce::fused

@@ -15,9 +15,9 @@ reference::Tokens describe_tokens(const at::Tensor&, const std::optional<at::Ten
   fail(Fault::kProblem, "[linear_cross_entropy] the fused path is not built");
 }
 
-bool keeps_exponentials(const at::Tensor&, const at::Tensor&, bool,
-                        const LinearCrossEntropyOptions&) {
-  return false;
+std::string why_not_in_forward(const at::Tensor&, const at::Tensor&, bool,
+                               const LinearCrossEntropyOptions&) {
+  return kNotBuilt;
 }
 
 std::tuple<reference::ForwardRows, at::Tensor, at::Tensor> linear_cross_entropy_rows_with_gradients(

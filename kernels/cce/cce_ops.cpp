@@ -3,14 +3,12 @@
 #include <ATen/autocast_mode.h>
 #include <ounce/core/check.h>
 #include <ounce/kernels/cce/cce.h>
-#include <ounce/kernels/cce/cce_checks.h>
+#include <ounce/kernels/cce/cce_calls.h>
 #include <ounce/kernels/cce/cce_fused.h>
-#include <ounce/kernels/cce/cce_reference.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <utility>
 
 namespace ounce {
@@ -21,175 +19,24 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using detail::CceOptions;
 using Inputs = detail::CceInputs;
-using detail::check_inputs;
+using Outputs = detail::CceOutputs;
+using Gradients = detail::CceGradients;
+using Saved = detail::CceSaved;
+using Wanted = detail::CceWanted;
+using detail::any;
 using detail::kGradModes;
 using detail::kRecomputes;
 using detail::kReductions;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// loss, lse, z_loss, n_valid, correct, dropped_mass, nll, entropy, and the loss's gradients of
-// hidden (not yet rounded to 16 bits), weight and bias; those without a value are empty [0]
-// tensors.
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                           Tensor, Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-using Wanted = std::array<bool, 3>;  // of the gradients
-
-bool any(const Wanted& wanted) { return wanted[0] || wanted[1] || wanted[2]; }
-
-// What backward takes from forward, per token.
-struct Saved {
-  const Tensor lse, nll;
-};
-
 // --- CPU and CUDA -------------------------------------------------------------------------------
-
-// Per-token values at the target's place -> at the place they are predicted from, flat.
-Tensor to_hidden_place(const Tensor& t, int64_t shift) {
-  return (shift == 0 ? t : at::roll(t, -shift, -1)).reshape({t.numel()});
-}
-Tensor to_target_place(const Tensor& rows, const Tensor& target, int64_t shift) {
-  const auto t = rows.view(target.sizes());
-  return shift == 0 ? t : at::roll(t, shift, -1);
-}
-
-// Flat, at the place they are predicted from.
-Tensor targets_at_hidden(const Inputs& in, const CceOptions& o) {
-  if (o.shift() == 0) return in.target.reshape({in.target.numel()});
-  auto target = in.target.to(at::kLong, /*non_blocking=*/false, /*copy=*/true);
-  target.narrow(-1, 0, o.shift()).fill_(o.ignore_index());
-  return to_hidden_place(target, o.shift());
-}
-
-reference::Tokens tokens_of(bool fused, const Inputs& in, const CceOptions& o) {
-  const auto target = targets_at_hidden(in, o);
-  const auto token_weight =
-      in.token_weight ? OptionalTensor(to_hidden_place(*in.token_weight, o.shift())) : std::nullopt;
-  const auto vocab = in.weight.size(0);
-  if (fused) return fused::describe_tokens(target, token_weight, in.class_weight, vocab, o);
-  const auto compute = in.hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return reference::describe_tokens(target.to(at::kLong), target.ne(o.ignore_index()), token_weight,
-                                    in.class_weight, vocab, compute);
-}
-
-void check_targets(const Inputs& in, const CceOptions& o) {
-  const auto target =
-      o.shift() == 0 ? in.target : in.target.narrow(-1, o.shift(), in.target.size(-1) - o.shift());
-  const auto bad = target.lt(0)
-                       .logical_or_(target.ge(in.weight.size(0)))
-                       .logical_and_(target.ne(o.ignore_index()));
-  if (!bad.any().item<bool>()) return;
-  fail(Fault::kUsage, "[linear_cross_entropy] expected targets in [0, ", in.weight.size(0),
-       ") or ignore_index = ", o.ignore_index(), ", got ", bad.sum().item<int64_t>(),
-       " others, the first ", target.masked_select(bad).select(0, 0).item<int64_t>());
-}
-
-bool is_fused(const Tensor& hidden, const Inputs& in, const CceOptions& o) {
-  return takes_fused("linear_cross_entropy", o.implementation(), hidden,
-                     fused::why_not(hidden, in.weight, in.bias.has_value(), in.class_weight, o));
-}
-
-Gradients backward_rows(bool fused, const Tensor& grad_rows, const Tensor& grad_lse,
-                        const Tensor& grad_entropy, const Tensor& hidden, const Inputs& in,
-                        const reference::Tokens& tokens, const Saved& saved, const CceOptions& o,
-                        Wanted wanted, at::ScalarType hidden_type) {
-  if (fused) {
-    return fused::linear_cross_entropy_rows_backward(grad_rows, grad_lse, hidden, in.weight,
-                                                     in.bias, tokens, saved.lse, saved.nll, o,
-                                                     wanted, hidden_type);
-  }
-  return reference::linear_cross_entropy_rows_backward(grad_rows, grad_lse, grad_entropy, hidden,
-                                                       in.weight, in.bias, in.class_weight, tokens,
-                                                       o, wanted, hidden_type);
-}
-
-// Upstream of the rows' losses, from that of the loss.
-Tensor upstream_of_rows(const Tensor& grad_loss, const reference::Tokens& tokens,
-                        const CceOptions& o) {
-  if (o.reduction() == Reduction::kMean) return grad_loss / tokens.denominator;
-  return o.reduction() == Reduction::kNone ? to_hidden_place(grad_loss, o.shift()) : grad_loss;
-}
-
-void check_wanted(const Inputs& in, const CceOptions& o, Wanted wanted) {
-  OUNCE_CHECK(!any(wanted) || o.reduction() != Reduction::kNone,
-              "[linear_cross_entropy] expected gradients of a scalar, got reduction = none; use "
-              "mean, sum or autograd");
-  OUNCE_CHECK(!wanted[2] || in.bias,
-              "[linear_cross_entropy] expected a bias, whose gradient is asked for");
-}
-
-Outputs forward_kernel(const Inputs& in, const CceOptions& o, Wanted wanted) {
-  check_inputs(in, o);
-  check_wanted(in, o, wanted);
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  if (o.validate_targets()) check_targets(in, o);
-  const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
-  const bool fused = is_fused(hidden, in, o);
-  const auto tokens = tokens_of(fused, in, o);
-  const auto upstream = [&] {
-    return upstream_of_rows(at::ones({}, tokens.weight.options()), tokens, o);
-  };
-  reference::ForwardRows rows;
-  Tensor grad_hidden = at::empty({0}, tokens.weight.options());
-  Tensor grad_weight = at::empty({0}, in.weight.options());
-  Tensor grad_bias = at::empty({0}, in.weight.options());
-  const bool makes_gradients = any(wanted) || o.grad_mode() != GradMode::kExact;
-  if (makes_gradients && fused &&
-      fused::keeps_exponentials(hidden, in.weight, in.bias.has_value(), o)) {
-    std::tie(rows, grad_hidden, grad_weight) = fused::linear_cross_entropy_rows_with_gradients(
-        upstream(), hidden, in.weight, tokens, o, {wanted[0], wanted[1]});
-  } else {
-    rows = fused ? fused::linear_cross_entropy_rows(hidden, in.weight, in.bias, tokens, o)
-                 : reference::linear_cross_entropy_rows(hidden, in.weight, in.bias, in.class_weight,
-                                                        tokens, o);
-    if (any(wanted)) {
-      std::tie(grad_hidden, grad_weight, grad_bias) =
-          backward_rows(fused, upstream(), at::zeros({}, tokens.weight.options()), {}, hidden, in,
-                        tokens, {rows.lse, rows.nll}, o, wanted, tokens.weight.scalar_type());
-    }
-  }
-  const auto per_token = [&](const Tensor& t) { return to_target_place(t, in.target, o.shift()); };
-  const auto reduce = [&](const Tensor& t) {
-    if (o.reduction() == Reduction::kNone) return per_token(t);
-    if (o.reduction() == Reduction::kSum) return t.sum();
-    const auto mean = t.sum() / tokens.denominator;
-    if (!o.empty_is_nan()) return mean;
-    return mean.masked_fill(tokens.counted.any().logical_not(), std::nan(""));
-  };
-  return {reduce(rows.loss),
-          per_token(rows.lse),
-          reduce(rows.z_loss),
-          tokens.counted.sum(),
-          o.return_correct() ? per_token(rows.correct) : rows.correct,
-          o.grad_mode() == GradMode::kExact ? rows.dropped_mass : per_token(rows.dropped_mass),
-          per_token(rows.nll),
-          o.return_entropy() ? per_token(rows.entropy) : rows.entropy,
-          wanted[0] ? grad_hidden.view(in.hidden.sizes()) : grad_hidden,
-          grad_weight,
-          grad_bias};
-}
 
 Gradients backward_kernel(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
                           const OptionalTensor& grad_entropy, const Inputs& in, const Saved& saved,
                           CceOptions o, Wanted wanted) {
-  check_inputs(in, o);
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
-  o.return_entropy(grad_entropy.has_value());
-  // With a filter the fused path makes gradients in forward alone.
-  const bool fused = o.grad_mode() == GradMode::kExact && is_fused(hidden, in, o);
-  const auto tokens = tokens_of(fused, in, o);
-  const auto compute = tokens.weight.options();
-  const auto zero = at::zeros({}, compute);
-  auto [grad_hidden, grad_weight, grad_bias] = backward_rows(
-      fused, grad_loss ? upstream_of_rows(grad_loss->to(compute), tokens, o) : zero,
-      grad_lse ? to_hidden_place(grad_lse->to(compute), o.shift()) : zero,
-      grad_entropy ? to_hidden_place(*grad_entropy, o.shift()) : Tensor(), hidden, in, tokens,
-      {to_hidden_place(saved.lse, o.shift()), to_hidden_place(saved.nll, o.shift())}, o, wanted,
-      hidden.scalar_type());
-  if (wanted[0]) grad_hidden = grad_hidden.view(in.hidden.sizes());
-  return {grad_hidden, grad_weight, grad_bias};
+  return detail::backward(grad_loss, grad_lse, grad_entropy, in, saved, std::move(o), wanted,
+                          in.hidden.scalar_type());
 }
 
 void scale_kernel(const Tensor& gradient, const Tensor& factor) {
@@ -214,7 +61,7 @@ Tensor like(bool full, const Tensor& t) {
 }
 
 Outputs forward_meta(const Inputs& in, const CceOptions& o, Wanted wanted) {
-  check_wanted(in, o, wanted);
+  detail::check_wanted(in, o, wanted);
   const auto compute = in.hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto options = in.hidden.options().dtype(compute);
   const auto per_token = [&](at::ScalarType type, bool full) {
@@ -233,13 +80,13 @@ Outputs forward_meta(const Inputs& in, const CceOptions& o, Wanted wanted) {
           per_token(compute, true),
           per_token(compute, o.return_entropy()),
           like(wanted[0], in.hidden).to(compute),
-          like(wanted[1], in.weight),
+          like(wanted[1] && !o.main_grad().defined(), in.weight),
           wanted[2] ? like(true, *in.bias) : at::empty({0}, in.weight.options())};
 }
 
 Gradients backward_meta(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                        const Inputs& in, const Saved&, CceOptions, Wanted wanted) {
-  return {like(wanted[0], in.hidden), like(wanted[1], in.weight),
+                        const Inputs& in, const Saved&, CceOptions o, Wanted wanted) {
+  return {like(wanted[0], in.hidden), like(wanted[1] && !o.main_grad().defined(), in.weight),
           wanted[2] ? like(true, *in.bias) : at::empty({0}, in.weight.options())};
 }
 
@@ -260,7 +107,8 @@ Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& 
                       c10::string_view grad_mode, std::optional<double> filter_eps,
                       bool return_correct, bool return_entropy, bool validate_targets,
                       int64_t workspace_bytes, c10::string_view recompute, bool deterministic,
-                      at::ScalarType accum, c10::string_view implementation, Wanted gradients) {
+                      at::ScalarType accum, c10::string_view implementation, Wanted gradients,
+                      const OptionalTensor& main_grad) {
   const auto options = CceOptions()
                            .ignore_index(ignore_index)
                            .reduction(kReductions.parse(reduction))
@@ -279,7 +127,8 @@ Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& 
                            .recompute(kRecomputes.parse(recompute))
                            .deterministic(deterministic)
                            .accum(accum)
-                           .implementation(std::string(implementation));
+                           .implementation(std::string(implementation))
+                           .main_grad(main_grad.value_or(Tensor()));
   return kernel({hidden, weight, target, bias, token_weight, class_weight}, options, gradients);
 }
 
@@ -294,7 +143,8 @@ Gradients backward_entry(const OptionalTensor& grad_loss, const OptionalTensor& 
                          double z_loss, double softcap, double logit_scale,
                          c10::string_view grad_mode, std::optional<double> filter_eps,
                          int64_t workspace_bytes, bool deterministic, at::ScalarType accum,
-                         c10::string_view implementation, Wanted wanted) {
+                         c10::string_view implementation, Wanted wanted,
+                         const OptionalTensor& main_grad) {
   const auto options = CceOptions()
                            .ignore_index(ignore_index)
                            .reduction(kReductions.parse(reduction))
@@ -308,22 +158,28 @@ Gradients backward_entry(const OptionalTensor& grad_loss, const OptionalTensor& 
                            .workspace_bytes(workspace_bytes)
                            .deterministic(deterministic)
                            .accum(accum)
-                           .implementation(std::string(implementation));
+                           .implementation(std::string(implementation))
+                           .main_grad(main_grad.value_or(Tensor()));
   return kernel(grad_loss, grad_lse, grad_entropy,
                 {hidden, weight, target, bias, token_weight, class_weight}, {lse, nll}, options,
                 wanted);
 }
 
+OptionalTensor when_defined(const Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
+}
+
 Outputs call_forward(const Inputs& in, const CceOptions& o, Wanted wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ounce::linear_cross_entropy", "")
-                             .typed<decltype(forward_entry<forward_kernel>)>();
-  return op.call(
-      in.hidden, in.weight, in.target, in.bias, in.token_weight, in.class_weight, o.ignore_index(),
-      kReductions.text(o.reduction()), o.empty_is_nan(), o.shift(), o.label_smoothing(), o.z_loss(),
-      o.softcap(), o.logit_scale(), kGradModes.text(o.grad_mode()), o.filter_eps(),
-      o.return_correct(), o.return_entropy(), o.validate_targets(), o.workspace_bytes(),
-      kRecomputes.text(o.recompute()), o.deterministic(), o.accum(), o.implementation(), wanted);
+                             .typed<decltype(forward_entry<detail::forward>)>();
+  return op.call(in.hidden, in.weight, in.target, in.bias, in.token_weight, in.class_weight,
+                 o.ignore_index(), kReductions.text(o.reduction()), o.empty_is_nan(), o.shift(),
+                 o.label_smoothing(), o.z_loss(), o.softcap(), o.logit_scale(),
+                 kGradModes.text(o.grad_mode()), o.filter_eps(), o.return_correct(),
+                 o.return_entropy(), o.validate_targets(), o.workspace_bytes(),
+                 kRecomputes.text(o.recompute()), o.deterministic(), o.accum(), o.implementation(),
+                 wanted, when_defined(o.main_grad()));
 }
 
 void call_scale(const Tensor& gradient, const Tensor& factor) {
@@ -350,7 +206,8 @@ Gradients call_backward(const OptionalTensor& grad_loss, const OptionalTensor& g
                  in.token_weight, in.class_weight, saved.lse, saved.nll, o.ignore_index(),
                  kReductions.text(o.reduction()), o.shift(), o.label_smoothing(), o.z_loss(),
                  o.softcap(), o.logit_scale(), kGradModes.text(o.grad_mode()), o.filter_eps(),
-                 o.workspace_bytes(), o.deterministic(), o.accum(), o.implementation(), wanted);
+                 o.workspace_bytes(), o.deterministic(), o.accum(), o.implementation(), wanted,
+                 when_defined(o.main_grad()));
 }
 
 // --- autograd and autocast ----------------------------------------------------------------------
@@ -360,22 +217,20 @@ struct SavedOptions : torch::CustomClassHolder {
   CceOptions options;
 };
 
-OptionalTensor when_defined(const Tensor& t) {
-  return t.defined() ? OptionalTensor(t) : std::nullopt;
-}
-
 // Which of the gradients that backward will want forward makes at once.
 Wanted early_gradients(const Inputs& in, const CceOptions& o) {
   if (!at::GradMode::is_enabled()) return {};
   const Wanted wanted = {in.hidden.requires_grad(), in.weight.requires_grad(),
                          in.bias && in.bias->requires_grad()};
   if (!any(wanted)) return {};
+  if (o.main_grad().defined()) return {};  // whose upstream backward knows
   if (o.reduction() == Reduction::kNone || o.recompute() == Recompute::kAlways) return {};
   // What is too small for fp16 before a scaler's factor reaches it would be lost.
   if (in.weight.scalar_type() == at::kHalf) return {};
   if (o.recompute() == Recompute::kNever) return wanted;
-  const bool fused = o.implementation() != "reference" &&
-                     fused::keeps_exponentials(in.hidden, in.weight, in.bias.has_value(), o);
+  const bool fused =
+      o.implementation() != "reference" &&
+      fused::why_not_in_forward(in.hidden, in.weight, in.bias.has_value(), o).empty();
   return fused ? wanted : Wanted{};
 }
 
@@ -435,7 +290,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
                         {saved[0], saved[1], saved[2], bias, token_weight, class_weight},
                         {saved[6], saved[7]}, options, wanted);
       if (wanted[0]) out[0] = grad_hidden;
-      if (wanted[1]) out[1] = grad_weight;
+      if (wanted[1] && !options.main_grad().defined()) out[1] = grad_weight;
       if (wanted[2]) out[3] = grad_bias;
     }
     if (!early) return out;
@@ -484,6 +339,9 @@ Outputs forward_autograd(const Inputs& in, const CceOptions& o, Wanted asked) {
       "losses of reduction = none");
   OUNCE_CHECK(!in.class_weight || !in.class_weight->requires_grad(),
               "[linear_cross_entropy] expected class_weight without gradient; detach it");
+  OUNCE_CHECK(!o.main_grad().defined() || o.recompute() != Recompute::kNever || any(asked),
+              "[linear_cross_entropy] expected recompute = auto or always with main_grad, which "
+              "backward adds to, got never");
   auto out = ForwardFunction::apply(in.hidden, in.weight, in.target, in.bias, in.token_weight,
                                     in.class_weight, o, asked,
                                     any(asked) ? Wanted{} : early_gradients(in, o));
@@ -553,7 +411,8 @@ TORCH_LIBRARY_FRAGMENT(ounce, m) {
       "bool return_correct=False, bool return_entropy=False, bool validate_targets=False, int "
       "workspace_bytes=-1, "
       "str recompute='auto', bool deterministic=True, ScalarType accum=float, "
-      "str implementation='auto', bool[3] gradients=[False, False, False]) -> "
+      "str implementation='auto', bool[3] gradients=[False, False, False], "
+      "Tensor(a!)? main_grad=None) -> "
       "(Tensor loss, Tensor lse, Tensor z_loss, Tensor n_valid, Tensor correct, "
       "Tensor dropped_mass, Tensor nll, Tensor entropy, Tensor grad_hidden, Tensor grad_weight, "
       "Tensor grad_bias)");
@@ -566,18 +425,19 @@ TORCH_LIBRARY_FRAGMENT(ounce, m) {
       "Tensor lse, Tensor nll, *, int ignore_index, str reduction, int shift, float "
       "label_smoothing, float z_loss, "
       "float softcap, float logit_scale, str grad_mode, float? filter_eps, int workspace_bytes, "
-      "bool deterministic, ScalarType accum, str implementation, bool[3] wanted) -> "
+      "bool deterministic, ScalarType accum, str implementation, bool[3] wanted, "
+      "Tensor(a!)? main_grad=None) -> "
       "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
 }
 
 TORCH_LIBRARY_IMPL(ounce, CPU, m) {
-  m.impl("linear_cross_entropy", forward_entry<forward_kernel>);
+  m.impl("linear_cross_entropy", forward_entry<detail::forward>);
   m.impl("linear_cross_entropy_backward", backward_entry<backward_kernel>);
   m.impl("scale_gradient_", scale_kernel);
   m.impl("rounded_gradient", rounded_kernel);
 }
 TORCH_LIBRARY_IMPL(ounce, CUDA, m) {
-  m.impl("linear_cross_entropy", forward_entry<forward_kernel>);
+  m.impl("linear_cross_entropy", forward_entry<detail::forward>);
   m.impl("linear_cross_entropy_backward", backward_entry<backward_kernel>);
   m.impl("scale_gradient_", scale_kernel);
   m.impl("rounded_gradient", rounded_kernel);

@@ -16,7 +16,7 @@ namespace ounce::cce {
 constexpr int kTileRows = 128, kTileColumns = 192, kDepth = 64;
 constexpr int kPairRows = 2 * kTileRows;
 constexpr int kBoxColumns = 64;  // of a tile, written at once
-constexpr int kLanes = 2;  // warpgroups of a block that take its tiles in turn
+constexpr int kLanes = 2;        // warpgroups of a block that take its tiles in turn
 
 struct Sweeps {
   int count = 0, pairs = 0, columns = 0;  // so many sweeps of this form, one after the other

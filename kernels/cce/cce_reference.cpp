@@ -346,7 +346,8 @@ ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight
     put(out.lse, e.lse);
     if (options.return_entropy()) put(out.entropy, entropy(e));
     if (filters) {
-      const auto kept = kept_tiles(e, chunk.target, chunk.counted, filter_eps(hidden.scalar_type(), options));
+      const auto kept =
+          kept_tiles(e, chunk.target, chunk.counted, filter_eps(hidden.scalar_type(), options));
       const auto mass = per_tile(e.rest_rv, /*maximum=*/false).masked_fill(kept, 0).sum(1);
       put(out.dropped_mass, mass / e.total());
     }
@@ -367,7 +368,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
   const auto sums = weight.options().dtype(compute);
   auto grad_hidden = at::empty(wanted[0] ? hidden.sizes() : at::IntArrayRef{0},
                                hidden.options().dtype(hidden_type));
-  Tensor grad_weight = wanted[1] ? at::zeros(weight.sizes(), sums) : at::empty({0}, sums);
+  const bool adds = options.main_grad().defined();
+  Tensor grad_weight = !wanted[1] ? at::empty({0}, sums)
+                       : adds     ? options.main_grad()
+                                  : at::zeros(weight.sizes(), sums);
   Tensor grad_bias = wanted[2] ? at::zeros({vocab}, sums) : at::empty({0}, sums);
   const auto ignored = tokens.counted.logical_not();
   // The derivative of u enters where everything is linear: in the upstream.
@@ -407,6 +411,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
     if (options.grad_mode() == GradMode::kFilterHidden) drop_tiles(d, kept);
     if (wanted[0]) grad_hidden.narrow(0, from, rows).copy_(classifier.hidden_gradient(d));
   }
+  if (adds) grad_weight = at::empty({0}, sums);
   return {grad_hidden, grad_weight.to(weight.scalar_type()), grad_bias.to(weight.scalar_type())};
 }
 

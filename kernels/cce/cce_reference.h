@@ -49,7 +49,8 @@ ForwardRows linear_cross_entropy_rows(const at::Tensor& hidden, const at::Tensor
                                       const LinearCrossEntropyOptions& options);
 
 // grad_rows, grad_lse and, or undefined, grad_entropy [N]: upstream of the rows above. Gradients of
-// hidden, in `hidden_type`, weight and bias, each an empty [0] tensor where `wanted` is false.
+// hidden, in `hidden_type`, weight and bias, each an empty [0] tensor where `wanted` is false; so
+// is the weight's with a main_grad, which gets it.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_rows_backward(
     const at::Tensor& grad_rows, const at::Tensor& grad_lse, const at::Tensor& grad_entropy,
     const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias,

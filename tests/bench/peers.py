@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Times our operators beside public peers, in one process and on the same tensors.
 
-    python3 tests/bench/peers.py [FAMILY...] [--json FILE] [--rounds N] [--soak SECONDS] [--device D]
+    python3 tests/bench/peers.py [FAMILY...] [--peers NAME,...] [--json FILE] [--rounds N] [--soak SECONDS] [--device D]
 
 A GPU's speed drifts by more than many differences as it warms up. So both sides are soaked on the same
 mix first, then timed in rounds of ours, peer, peer, ours, and the answer is the median over the rounds of
@@ -56,6 +56,15 @@ def cce_keeping(share):
         return (hidden, weight), (torch.randint(0, likely, (n,), device=device),)
 
     return inputs
+
+
+def cce_overflowing(shape, device, dtype):
+    """Logits as of a classifier of unit variance, but for the sampled rows: no anchor is near a row's largest."""
+    (hidden, weight), rest = cce_inputs(shape, device, dtype)
+    with torch.no_grad():
+        weight.mul_(shape[1] ** 0.5)
+        weight[::128] = 0
+    return (hidden, weight), rest
 
 
 def cce_ours(**options):
@@ -179,7 +188,14 @@ def cce_filtered(share):
 
 
 FAMILIES = {
-    **{f"cce-keep{percent}": cce_filtered(percent / 100) for percent in (20, 25, 50, 100)},
+    **{f"filter-keep{percent}": cce_filtered(percent / 100) for percent in (20, 25, 50, 100)},
+    "overflow": {
+        "gpu": CCE_SHAPES[:1],
+        "cpu": [(1024, 128, 8192)],
+        "inputs": cce_overflowing,
+        "ours": cce_ours(),
+        "peers": {"cuBLAS products": cce_products},
+    },
     "cce": {
         "gpu": CCE_SHAPES,
         "cpu": [(1024, 128, 8192)],
@@ -348,6 +364,8 @@ def run_family(key, device, arguments, where, out):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     peers = {}
     for name, make in family["peers"].items():
+        if arguments.peers and name not in arguments.peers.split(","):
+            continue
         try:
             peers[name] = make()
         except Exception as error:  # an import of someone else's package may fail in any way
@@ -379,6 +397,7 @@ def run_family(key, device, arguments, where, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="*", help="default: " + " ".join(FAMILIES))
+    parser.add_argument("--peers", help="only these, separated by commas")
     parser.add_argument("--json", help="append a JSON object a row to this file")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--soak", type=float, default=2.0)

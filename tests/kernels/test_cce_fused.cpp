@@ -165,7 +165,7 @@ TEST_P(CceFused, ExponentialsThatOverflowTheirAnchorAreMadeAgain) {
 TEST_P(CceFused, ChunksOfTokensAddUp) {
   auto c = random_case({1500}, 136, 4099);
   for (const int64_t pairs : {1, 3}) {  // six chunks, two chunks
-    c.options.workspace_bytes(2 * 4104 * 256 * pairs);
+    c.options.workspace_bytes(2 * 4160 * 256 * pairs);
     SCOPED_TRACE(pairs);
     expect_close(c, kSpread, Recompute::kNever);
   }
@@ -307,7 +307,7 @@ TEST_P(CceFused, AWeightOf32BitsIsReadInSlabs) {
       auto c = random_case({300}, 200, vocab);
       c.weight = c.weight.detach().to(at::kFloat).requires_grad_();
       // Two chunks of tokens.
-      c.options.recompute(recompute).workspace_bytes(2 * 256 * (vocab + 7));
+      c.options.recompute(recompute).workspace_bytes(2 * 256 * (vocab + 63));
       auto exact = c.as(at::kDouble);
       const auto loss = c.run().loss, ref = composed(exact).loss;
       // The products are those of the weight rounded to bf16.
@@ -368,7 +368,7 @@ TEST_P(CceFused, FilterDropsTheTilesOfItsDefinition) {
     double softcap = 0;
     int64_t workspace = -1;
   };
-  const auto rows_256 = [](int64_t vocab) { return 256 * 2 * (vocab + 7); };
+  const auto rows_256 = [](int64_t vocab) { return 256 * 2 * (vocab + 63); };
   for (const auto& s :
        {Setting{1, 16, 5}, Setting{130, 64, 1000}, Setting{300, 72, 5003},
         Setting{1000, 200, 20011}, Setting{1000, 200, 20011, GradMode::kFilter, 0, rows_256(20011)},

@@ -62,6 +62,17 @@ class LinearCrossEntropy(unittest.TestCase):
         with self.assertRaisesRegex(RuntimeError, "expected gradients of a scalar"):
             OP(*detached, reduction="none", gradients=[True, False, False])
 
+    def test_main_grad(self):
+        hidden, weight, target = make(extras=False)
+        OP(hidden, weight, target)[0].backward()
+        main_grad = torch.ones_like(weight)
+        for args, asked in (([hidden, weight], [False] * 3), ([hidden.detach(), weight.detach()], [True, True, False])):
+            out = OP(*args, target, main_grad=main_grad, gradients=asked)
+            if not any(asked):
+                out[0].backward()
+        torch.testing.assert_close(main_grad, 1 + 2 * weight.grad)
+        torch.library.opcheck(OP, make(extras=False), dict(main_grad=main_grad), test_utils="test_schema")
+
     def test_gradcheck(self):
         hidden, weight, target, bias, token_weight, class_weight = make(torch.float64)
         options = {k: v for k, v in ALL_OPTIONS.items() if k != "grad_mode"}

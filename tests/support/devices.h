@@ -27,7 +27,7 @@ class OnDevice : public testing::TestWithParam<at::DeviceType> {
 }  // namespace ounce::test
 
 #define OUNCE_ON_EACH_DEVICE(suite)                                                        \
-  INSTANTIATE_TEST_SUITE_P(, suite, testing::Values(at::kCPU, at::kCUDA),                  \
-                           [](const testing::TestParamInfo<at::DeviceType>& info) {        \
+  INSTANTIATE_TEST_SUITE_P(, suite, ::testing::Values(at::kCPU, at::kCUDA),                \
+                           [](const ::testing::TestParamInfo<at::DeviceType>& info) {      \
                              return std::string(info.param == at::kCUDA ? "cuda" : "cpu"); \
                            })
