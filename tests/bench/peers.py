@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Times our operators beside public peers, in one process and on the same tensors.
 
-    python3 tests/bench/peers.py [FAMILY...] [--peers NAME,...] [--json FILE] [--rounds N] [--soak SECONDS] [--device D]
+    python3 tests/bench/peers.py [FAMILY...] [--peers NAME...] [--json FILE] [--rounds N] [--soak SECONDS] [--device D]
 
 A GPU's speed drifts by more than many differences as it warms up. So both sides are soaked on the same
 mix first, then timed in rounds of ours, peer, peer, ours, and the answer is the median over the rounds of
@@ -364,7 +364,7 @@ def run_family(key, device, arguments, where, out):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     peers = {}
     for name, make in family["peers"].items():
-        if arguments.peers and name not in arguments.peers.split(","):
+        if arguments.peers and name not in arguments.peers:
             continue
         try:
             peers[name] = make()
@@ -397,7 +397,7 @@ def run_family(key, device, arguments, where, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="*", help="default: " + " ".join(FAMILIES))
-    parser.add_argument("--peers", help="only these, separated by commas")
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--json", help="append a JSON object a row to this file")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--soak", type=float, default=2.0)
