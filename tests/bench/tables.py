@@ -90,16 +90,25 @@ COLUMNS = {
     "coverage": ("edges", "{:,}".format),
     "features": ("features", "{:,}".format),
     "crashes": ("crashes", str),
+    "config": ("config", str),
+    "variant": ("gradients", str),
+    "steps": ("steps", str),
+    "loss_first": ("first 20", "{:.3f}".format),
+    "loss_middle": ("in the middle", "{:.3f}".format),
+    "loss_last": ("last 20", "{:.3f}".format),
+    "val_loss": ("validation", "{:.3f}".format),
+    "worst_pct": ("worst difference %", "{:.2f}".format),
 }
 DEFAULT_COLUMNS = {
     "bench": "name shape dtype forward_ms backward_ms both_ms peak_bytes share_of_limit".split(),
     "ckpt": "peer state_gb fb_ms every blocked_ms inside_ms wait_ms durable_s slowdown_flush_pct extra_rss_mb restore_s".split(),
+    "curve": "config variant steps loss_first loss_middle loss_last val_loss worst_pct".split(),
     "fuzz": "target seconds executions coverage features crashes".split(),
     "kill": "count seconds failures".split(),
     "flips": "count seconds failures".split(),
     "peers": "peer shape dtype pass ours_ms peer_ms ratio ours_peak_bytes peer_peak_bytes".split(),
 }
-IDENTITY = "t family name peer shape dtype pass device state_gb fb_ms every target".split()
+IDENTITY = "t family name config variant peer shape dtype pass device state_gb fb_ms every target".split()
 # Limits that a table of a kind ends with.
 RATES = {
     "copy_gb_s": "copy {:.0f} GB/s",
