@@ -40,8 +40,8 @@ enum class Reduction { kNone, kMean, kSum };
 // Which gradients leave out what is negligible. The probabilities are cut in tiles of 128 tokens
 // (of the flattened order) by 128 vocabulary entries; a tile is dropped, all its entries of
 // dloss/dlogits taken as 0, when it holds no counted token's target and every counted token's
-// probability in it is under filter_eps. Filtering the weight's gradient leaves rare classes
-// without any: wrong for training from scratch.
+// probability in it is under filter_eps; a target outside [0, V) keeps all. Filtering the weight's
+// gradient leaves rare classes without any: wrong for training from scratch.
 enum class GradMode {
   kExact,         // none
   kFilterHidden,  // the hidden state's
@@ -50,7 +50,8 @@ enum class GradMode {
 
 // How the gradients of a sum or a mean are made: a matter of time and memory.
 enum class Recompute {
-  kAuto,   // kNever where the fused path does it in three products, kAlways elsewhere
+  kAuto,   // kNever where the fused path does it in three products and there is no main_grad, else
+           // kAlways
   kNever,  // by forward, which holds them until backward; as kAlways with an fp16 weight
   // By backward, from logits made again: a fourth product. Also with Reduction::kNone, and for the
   // gradient of lse.
@@ -82,9 +83,9 @@ struct LinearCrossEntropyOptions {
   // it such a target makes its row's loss, and every gradient it touches, NaN.
   TORCH_ARG(bool, validate_targets) = false;
 
-  // [V, D] contiguous, fp32 (fp64 for fp64 inputs): backward adds the weight's gradient to it, with
-  // neither a gradient nor a sum in memory beside it; the weight itself gets none. With
-  // Recompute::kNever, which would have to add before the upstream is known, it throws.
+  // [V, D] contiguous, 16-byte aligned, fp32 (fp64 for fp64 inputs): backward adds the weight's
+  // gradient to it, with neither a gradient nor a sum in memory beside it; the weight itself gets
+  // none. With Recompute::kNever, which would have to add before the upstream is known, it throws.
   TORCH_ARG(at::Tensor, main_grad);
 
   // These change time, memory and rounding only.

@@ -20,6 +20,10 @@ using CceWanted = std::array<bool, 3>;  // of the gradients
 
 inline bool any(const CceWanted& wanted) { return wanted[0] || wanted[1] || wanted[2]; }
 
+inline std::optional<at::Tensor> drop_undefined(const std::optional<at::Tensor>& t) {
+  return t && t->defined() ? t : std::nullopt;
+}
+
 // What backward takes from forward, per token.
 struct CceSaved {
   const at::Tensor lse, nll;

@@ -149,8 +149,10 @@ CceGradients backward(const OptionalTensor& grad_loss, const OptionalTensor& gra
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
   o.return_entropy(grad_entropy.has_value());
-  // With a filter the fused path makes gradients in forward alone.
-  const bool fused = o.grad_mode() == GradMode::kExact && is_fused(hidden, in, o);
+  const bool fused =
+      o.grad_mode() == GradMode::kExact
+          ? is_fused(hidden, in, o)
+          : takes_fused("linear_cross_entropy", o.implementation(), hidden, "a filter in backward");
   const auto tokens = tokens_of(fused, in, o);
   const auto compute = tokens.weight.options();
   const auto zero = at::zeros({}, compute);

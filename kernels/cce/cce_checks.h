@@ -115,6 +115,15 @@ inline void check_weights(const CceInputs& in, int64_t vocab) {
   }
 }
 
+// While the tensors are still the caller's.
+inline void check_constants(const CceInputs& in) {
+  OUNCE_CHECK(!in.token_weight || !in.token_weight->requires_grad(),
+              "[linear_cross_entropy] expected token_weight without gradient; detach it, or weigh "
+              "the losses of reduction = none");
+  OUNCE_CHECK(!in.class_weight || !in.class_weight->requires_grad(),
+              "[linear_cross_entropy] expected class_weight without gradient; detach it");
+}
+
 inline void check_inputs(const CceInputs& in, const CceOptions& o) {
   const auto& [hidden, weight, target, bias, token_weight, class_weight] = in;
   check_options(o);
@@ -141,6 +150,12 @@ inline void check_inputs(const CceInputs& in, const CceOptions& o) {
   if (const auto& main = o.main_grad(); main.defined()) {
     const auto type = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     check_same_device("main_grad", main, hidden);
+    OUNCE_CHECK(!main.requires_grad(),
+                "[linear_cross_entropy] expected main_grad without a gradient of its own");
+    const bool aligned = reinterpret_cast<uintptr_t>(main.const_data_ptr()) % 16 == 0;
+    OUNCE_CHECK(aligned,
+                "[linear_cross_entropy] expected main_grad at a multiple of 16 bytes, got a view "
+                "that begins between; copy it, or begin the view elsewhere");
     OUNCE_CHECK(
         main.sizes() == weight.sizes() && main.scalar_type() == type && main.is_contiguous(),
         "[linear_cross_entropy] expected main_grad contiguous, ", type, " ", weight.sizes(),

@@ -79,10 +79,11 @@ class Filter {
   // product [rows, D] fp32 = e slab, or + it: e [rows, S] and slab [S, D], from entry `first` on.
   void multiply_classifier(const Tensor& product, const Tensor& e, const Tensor& slab,
                            int64_t first) const {
+    const auto kept = kept_.narrow(1, first / cce::kFilterTile, cce::filter_tiles(slab.size(0)));
     const auto parts = cce::parts_of(rows_, product.size(1), clusters());
+    if (parts == 1) return multiply(product, e, false, slab, kept, first > 0);
     auto out = at::empty({parts, rows_, product.size(1)}, product.options());
-    multiply(out, e, false, slab,
-             kept_.narrow(1, first / cce::kFilterTile, cce::filter_tiles(slab.size(0))), false);
+    multiply(out, e, false, slab, kept, false);
     auto sum = product;
     if (first == 0) {
       at::sum_out(sum, out, 0);
@@ -305,7 +306,7 @@ std::tuple<reference::ForwardRows, Tensor, Tensor> linear_cross_entropy_rows_wit
   // Rounding a sum of two chunks once more is within the error of a rounded gradient; of many,
   // it would add up.
   const bool sums_fp32 = weight.scalar_type() == at::kFloat || rows > 2 * step;
-  const bool adds = o.main_grad().defined();
+  const bool adds = wanted[1] && o.main_grad().defined();
   Tensor grad_weight = adds ? o.main_grad()
                             : at::empty(wanted[1] ? weight.sizes() : at::IntArrayRef{0},
                                         sums_fp32 ? fp32 : weight.options());

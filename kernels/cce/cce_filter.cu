@@ -33,7 +33,8 @@ __global__ void find_kept_of(int64_t rows, int64_t vocab, const __grid_constant_
         mass += of_bf16(found.sum);
       }
     }
-    const bool here = target >= 0 && target / kFilterTile == tile;
+    // A target outside the vocabulary makes its gradients NaN: they are all kept.
+    const bool here = target < 0 || target / kFilterTile == tile;
     const bool any = __syncthreads_or(counted && (here || !(top * scale < eps))) != 0;
     if (!any) mass_dropped += mass * scale;
     if (threadIdx.x == 0) kept[int64_t{blockIdx.x} * tiles + tile] = any;

@@ -21,8 +21,9 @@ struct FilterRows {
   const int* target = nullptr;  // -1 = none
 };
 // kept [filter_tiles(rows), filter_tiles(vocab)]: false where a tile holds no counted row's target
-// and every counted row's probabilities are under eps. dropped [ceil(filter_tiles(vocab) /
-// kStripTiles), rows]: the sum of a row's probabilities in the dropped tiles of each strip.
+// and every counted row's probabilities are under eps; a counted row without a target keeps all.
+// dropped [ceil(filter_tiles(vocab) / kStripTiles), rows]: the sum of a row's probabilities in the
+// dropped tiles of each strip.
 cudaError_t find_kept(int64_t rows, int64_t vocab, const FilterRows& filter, float eps, bool* kept,
                       float* dropped, cudaStream_t stream);
 

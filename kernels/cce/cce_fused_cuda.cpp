@@ -75,7 +75,8 @@ std::string why_not(const Tensor& hidden, const Tensor& weight, bool has_bias,
   if (o.label_smoothing() > 0 && o.softcap() > 0) return "label smoothing with a softcap";
   if (o.label_smoothing() > 0 && class_weight) return "label smoothing with class weights";
   if (o.grad_mode() != GradMode::kExact) {
-    if (o.recompute() == Recompute::kAlways) return "a filter with recompute = always";
+    if (o.recompute() == Recompute::kAlways)
+      return "a filter with recompute = always (return_lse and return_entropy imply it)";
     const auto refusal = why_not_in_forward(hidden, weight, has_bias, o);
     if (!refusal.empty()) return "a filter with " + refusal;
   }

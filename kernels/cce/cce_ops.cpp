@@ -98,7 +98,7 @@ Tensor rounded_meta(const Tensor& gradient, const Tensor&, at::ScalarType type) 
 
 // --- the dispatcher: options as single arguments, and back --------------------------------------
 
-template <Outputs (*kernel)(const Inputs&, const CceOptions&, Wanted)>
+template <auto kernel>
 Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                       const OptionalTensor& bias, const OptionalTensor& token_weight,
                       const OptionalTensor& class_weight, int64_t ignore_index,
@@ -217,13 +217,18 @@ struct SavedOptions : torch::CustomClassHolder {
   CceOptions options;
 };
 
+// Below autograd nobody counts main_grad's versions.
+void was_added_to(const CceOptions& o) {
+  if (o.main_grad().defined()) torch::autograd::impl::bump_version(o.main_grad());
+}
+
 // Which of the gradients that backward will want forward makes at once.
 Wanted early_gradients(const Inputs& in, const CceOptions& o) {
   if (!at::GradMode::is_enabled()) return {};
   const Wanted wanted = {in.hidden.requires_grad(), in.weight.requires_grad(),
                          in.bias && in.bias->requires_grad()};
   if (!any(wanted)) return {};
-  if (o.main_grad().defined()) return {};  // whose upstream backward knows
+  if (o.main_grad().defined() && wanted[1]) return {};  // only backward knows the upstream
   if (o.reduction() == Reduction::kNone || o.recompute() == Recompute::kAlways) return {};
   // What is too small for fp16 before a scaler's factor reaches it would be lost.
   if (in.weight.scalar_type() == at::kHalf) return {};
@@ -254,6 +259,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
                            lse,
                            nll};
     ctx->saved_data["early"] = any(early);
+    if (asked[1]) was_added_to(options);
     if (any(early)) {
       saved.insert(saved.end(), {grad_hidden, grad_weight, grad_bias});
       for (auto* t : {&grad_hidden, &grad_weight, &grad_bias}) *t = at::empty({0}, t->options());
@@ -289,6 +295,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
                         when_defined(of_entropy),
                         {saved[0], saved[1], saved[2], bias, token_weight, class_weight},
                         {saved[6], saved[7]}, options, wanted);
+      if (wanted[1]) was_added_to(options);
       if (wanted[0]) out[0] = grad_hidden;
       if (wanted[1] && !options.main_grad().defined()) out[1] = grad_weight;
       if (wanted[2]) out[3] = grad_bias;
@@ -332,16 +339,18 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
   }
 };
 
-Outputs forward_autograd(const Inputs& in, const CceOptions& o, Wanted asked) {
-  OUNCE_CHECK(
-      !in.token_weight || !in.token_weight->requires_grad(),
-      "[linear_cross_entropy] expected token_weight without gradient; detach it, or weigh the "
-      "losses of reduction = none");
-  OUNCE_CHECK(!in.class_weight || !in.class_weight->requires_grad(),
-              "[linear_cross_entropy] expected class_weight without gradient; detach it");
-  OUNCE_CHECK(!o.main_grad().defined() || o.recompute() != Recompute::kNever || any(asked),
+Outputs forward_autograd(const Inputs& in, CceOptions o, Wanted asked) {
+  detail::check_constants(in);
+  const bool adds_later = o.main_grad().defined() && in.weight.requires_grad() && !any(asked);
+  OUNCE_CHECK(!adds_later || o.recompute() != Recompute::kNever,
               "[linear_cross_entropy] expected recompute = auto or always with main_grad, which "
               "backward adds to, got never");
+  // The fused path's filter is in forward, which cannot add yet.
+  if (adds_later && o.grad_mode() != GradMode::kExact) {
+    takes_fused("linear_cross_entropy", o.implementation(), in.hidden,
+                "a filter with a main_grad that backward adds to");
+    o.implementation("reference");
+  }
   auto out = ForwardFunction::apply(in.hidden, in.weight, in.target, in.bias, in.token_weight,
                                     in.class_weight, o, asked,
                                     any(asked) ? Wanted{} : early_gradients(in, o));
@@ -376,9 +385,7 @@ LinearCrossEntropyOutput linear_cross_entropy(const Tensor& hidden, const Tensor
                                               const LinearCrossEntropyOptions& o) {
   OUNCE_CHECK(hidden.defined() && weight.defined() && target.defined(),
               "[linear_cross_entropy] expected hidden, weight and target, got an undefined tensor");
-  const auto drop_undefined = [](const OptionalTensor& t) {
-    return t && t->defined() ? t : std::nullopt;
-  };
+  using detail::drop_undefined;
   const auto bias_ = drop_undefined(bias), token_weight_ = drop_undefined(token_weight),
              class_weight_ = drop_undefined(class_weight);
   auto options = o;

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <ATen/autocast_mode.h>
 #include <ounce/kernels/cce/cce_calls.h>
 #include <ounce/kernels/cce/cce_parallel.h>
 #include <torch/torch.h>
@@ -60,6 +61,7 @@ struct Local {
 struct Combined {
   Tensor lse, nll;  // 0 where not counted
   Tensor below;     // this rank's lse - lse
+  Tensor lost;      // bool: counted, with a target that not exactly one rank has
 
   // lse, nll: of the local call
   Combined(const Local& local, const Tensor& lse_here, const Tensor& nll_here, const Call& call) {
@@ -70,13 +72,13 @@ struct Combined {
     call.shard.group->_allgather_base(all, mine)->wait();
     const auto lses = all.select(1, 0), nlls = all.select(1, 1);
     const auto owner = nlls.ne(kElsewhere), others = owner.logical_not();
-    const auto owners = owner.sum(0);
+    lost = owner.sum(0).ne(1).logical_and_(local.counted);
     if (call.options.validate_targets()) {
-      const auto wrong = owners.ne(1).logical_and_(local.counted).sum().item<int64_t>();
-      OUNCE_CHECK(wrong == 0,
-                  "[vocab_parallel_linear_cross_entropy] expected targets on one rank "
-                  "each or ignore_index = ",
-                  call.options.ignore_index(), ", got ", wrong, " others");
+      const auto count = lost.sum().item<int64_t>();
+      OUNCE_CHECK(count == 0,
+                  "[vocab_parallel_linear_cross_entropy] expected targets on one rank each or "
+                  "ignore_index = ",
+                  call.options.ignore_index(), ", got ", count, " others");
     }
     const auto lse_of_owner = lses.masked_fill(others, 0).sum(0);
     lse = lses.logsumexp(0);
@@ -84,9 +86,7 @@ struct Combined {
     const auto far = lse - lse_of_owner;
     const auto above = at::where(far < kNear, rest.log1p(), far);
     const auto ignored = local.counted.logical_not();
-    nll = (nlls.masked_fill(others, 0).sum(0) + above)
-              .masked_fill_(owners.ne(1), std::numeric_limits<double>::quiet_NaN())
-              .masked_fill_(ignored, 0);
+    nll = (nlls.masked_fill(others, 0).sum(0) + above).masked_fill_(ignored, 0);
     below = at::where(local.here, above.neg(), lse_here - lse);
     lse = lse.masked_fill(ignored, 0);
   }
@@ -107,7 +107,9 @@ class VocabParallel : public torch::autograd::Function<VocabParallel> {
     const auto &lse_here = std::get<1>(here), &nll_here = std::get<6>(here);
     const Combined all(local, lse_here, nll_here, *call);
     auto weights = token_weight ? token_weight->to(all.lse.scalar_type()) : at::ones_like(all.lse);
-    weights = weights.masked_fill(local.counted.logical_not(), 0);
+    // NaN reaches the loss and every gradient that such a token touches.
+    weights = weights.masked_fill(local.counted.logical_not(), 0)
+                  .masked_fill_(all.lost, std::numeric_limits<double>::quiet_NaN());
     const auto sum = weights.sum();
     const auto denominator = sum.masked_fill(sum.eq(0), 1);
     const auto reduce = [&](const Tensor& rows) {
@@ -133,8 +135,8 @@ class VocabParallel : public torch::autograd::Function<VocabParallel> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list out(6);
     OUNCE_CHECK(!at::GradMode::is_enabled(),
-                "[vocab_parallel_linear_cross_entropy] expected a first derivative, got double "
-                "backward");
+                "[vocab_parallel_linear_cross_entropy] expected create_graph = false: there is no "
+                "second derivative");
     if (!grads[0].defined() && !grads[1].defined()) return out;
     const auto saved = ctx->get_saved_variables();
     const auto &hidden = saved[0], &weight = saved[1], &here = saved[4], &weights = saved[7],
@@ -159,7 +161,9 @@ class VocabParallel : public torch::autograd::Function<VocabParallel> {
       call.shard.group->allreduce(sum)->wait();
       out[0] = sum[0].to(hidden.scalar_type());
     }
-    if (wanted[1] && !call.options.main_grad().defined()) out[1] = grad_weight;
+    const auto& main_grad = call.options.main_grad();
+    if (wanted[1] && main_grad.defined()) torch::autograd::impl::bump_version(main_grad);
+    if (wanted[1] && !main_grad.defined()) out[1] = grad_weight;
     if (wanted[2]) out[3] = grad_bias;
     return out;
   }
@@ -185,8 +189,18 @@ LinearCrossEntropyOutput vocab_parallel_linear_cross_entropy(
   OUNCE_CHECK(hidden.defined() && weight.defined() && target.defined(),
               "[vocab_parallel_linear_cross_entropy] expected hidden, weight and target, got an "
               "undefined tensor");
-  detail::check_inputs({hidden, weight, target, bias, token_weight, {}}, o);
-  const auto out = VocabParallel::apply(hidden, weight, target, bias, token_weight,
+  const auto device = hidden.device().type();
+  const auto x =
+      at::autocast::is_autocast_enabled(device)
+          ? at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), hidden, device)
+          : hidden;
+  const auto bias_ = detail::drop_undefined(bias),
+             token_weight_ = detail::drop_undefined(token_weight);
+  const detail::CceInputs in{x, weight, target, bias_, token_weight_, {}};
+  detail::check_inputs(in, o);
+  detail::check_constants(in);
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto out = VocabParallel::apply(x, weight, target, bias_, token_weight_,
                                         c10::make_intrusive<Call>(o, shard));
   LinearCrossEntropyOutput result;
   result.loss = out[0];

@@ -21,9 +21,10 @@ struct VocabShard {
 
 // As linear_cross_entropy, but weight [rows of this rank, D] and bias are a shard, and targets
 // count over all ranks. Hidden's gradient is the same on each rank; those of weight and bias are of
-// its own rows. Each rank calls forward and backward, in the same order. Without class weights,
-// label smoothing, filter, return_correct, return_entropy and Recompute::kNever: those throw
-// Fault::kUsage.
+// its own rows. Each rank has one row at least, and calls forward and backward in the same order
+// and for the same inputs' gradients, or the others wait for it. Without class weights, label
+// smoothing, filter, return_correct, return_entropy, Recompute::kNever and create_graph: those
+// throw Fault::kUsage.
 LinearCrossEntropyOutput vocab_parallel_linear_cross_entropy(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target,
     const VocabShard& shard, const std::optional<at::Tensor>& bias = {},

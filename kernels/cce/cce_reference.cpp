@@ -173,12 +173,26 @@ Tensor per_tile(const Tensor& rv, bool maximum) {
   return at::cat(parts, 1);
 }
 
+// One chunk of tokens and the vectors that describe it.
+struct Chunk {
+  Chunk(const Tokens& tokens, int64_t from, int64_t count)
+      : target(tokens.target.narrow(0, from, count)),
+        counted(tokens.counted.narrow(0, from, count)),
+        outside(tokens.outside.narrow(0, from, count)),
+        weight(tokens.weight.narrow(0, from, count)),
+        hit_weight(tokens.hit_weight.narrow(0, from, count)) {}
+
+  Tensor target, counted, outside, weight, hit_weight;
+};
+
 // Which tiles of a chunk are kept, for every row of it: bool [rows, tiles].
-Tensor kept_tiles(const Exponentials& e, const Tensor& target, const Tensor& counted, double eps) {
-  const int64_t rows = target.size(0);
+// A target outside the vocabulary makes its gradients NaN: they are all kept.
+Tensor kept_tiles(const Exponentials& e, const Chunk& chunk, double eps) {
+  const int64_t rows = chunk.target.size(0);
   const auto probability = per_tile(e.rest_rv, /*maximum=*/true) / e.total().unsqueeze(1);
-  auto kept = probability.ge(eps).logical_and_(counted.unsqueeze(1));
-  kept.scatter_(1, target.div(kTile, "floor").unsqueeze(1), counted.unsqueeze(1));
+  auto kept = probability.lt(eps).logical_not_();
+  kept.scatter_(1, chunk.target.div(kTile, "floor").unsqueeze(1), true);
+  kept.logical_or_(chunk.outside.unsqueeze(1)).logical_and_(chunk.counted.unsqueeze(1));
   const int64_t groups = (rows + kTile - 1) / kTile;
   return at::constant_pad_nd(kept, {0, 0, 0, groups * kTile - rows})
       .unflatten(0, {groups, kTile})
@@ -196,17 +210,6 @@ void drop_tiles(Tensor& rv, const Tensor& kept) {
   }
   if (rest > 0) rv.narrow(1, whole * kTile, rest).masked_fill_(dropped.narrow(1, whole, 1), 0);
 }
-
-// One chunk of tokens and the vectors that describe it.
-struct Chunk {
-  Chunk(const Tokens& tokens, int64_t from, int64_t count)
-      : target(tokens.target.narrow(0, from, count)),
-        counted(tokens.counted.narrow(0, from, count)),
-        weight(tokens.weight.narrow(0, from, count)),
-        hit_weight(tokens.hit_weight.narrow(0, from, count)) {}
-
-  Tensor target, counted, weight, hit_weight;
-};
 
 // Constants of the smoothed targets: q_j w_j is `sharp` [j = y] w_y + `flat` w_j.
 struct Smoothing {
@@ -335,7 +338,7 @@ ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight
     finish_logits(z, bias, options);
     if (options.return_correct()) {
       const auto hit = z.argmax(1).eq(chunk.target);
-      put(out.correct, hit.masked_fill(tokens.outside.narrow(0, from, rows), 0));
+      put(out.correct, hit.masked_fill(chunk.outside, 0));
     }
     const auto e = exponentials(z, chunk.target, smoothing.class_weights, options);
     const auto squared = e.lse.square() * options.z_loss();
@@ -346,8 +349,7 @@ ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight
     put(out.lse, e.lse);
     if (options.return_entropy()) put(out.entropy, entropy(e));
     if (filters) {
-      const auto kept =
-          kept_tiles(e, chunk.target, chunk.counted, filter_eps(hidden.scalar_type(), options));
+      const auto kept = kept_tiles(e, chunk, filter_eps(hidden.scalar_type(), options));
       const auto mass = per_tile(e.rest_rv, /*maximum=*/false).masked_fill(kept, 0).sum(1);
       put(out.dropped_mass, mass / e.total());
     }
@@ -396,7 +398,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
     auto e = exponentials(z, chunk.target, smoothing.class_weights, options);
     Tensor kept;
     if (options.grad_mode() != GradMode::kExact) {
-      kept = kept_tiles(e, chunk.target, chunk.counted, filter_eps(hidden.scalar_type(), options));
+      kept = kept_tiles(e, chunk, filter_eps(hidden.scalar_type(), options));
     }
     auto d =
         logit_gradient(e, chunk, smoothing, rows_upstream.narrow(0, from, rows),

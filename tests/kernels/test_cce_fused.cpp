@@ -321,6 +321,22 @@ TEST_P(CceFused, AWeightOf32BitsIsReadInSlabs) {
   }
 }
 
+// In fp32, over slabs, of a D that is aligned and one that is not.
+TEST_P(CceFused, MainGradIsNotRounded) {
+  for (const int64_t dim : {136, 130}) {
+    auto c = random_case({500}, dim, 5003);
+    auto exact = c.as(at::kDouble);
+    auto main_grad = torch::zeros({5003, dim}, torch::device(device()));
+    c.options.workspace_bytes(1 << 20).main_grad(main_grad);
+    c.run().loss.backward();
+    composed(exact).loss.backward();
+    EXPECT_FALSE(c.weight.grad().defined());
+    EXPECT_LE(rms_error(main_grad, exact.weight.grad()), one_rounding(exact.weight.grad()));
+    EXPECT_LE(rms_error(c.hidden.grad(), exact.hidden.grad()),
+              kSpread * one_rounding(exact.hidden.grad()));
+  }
+}
+
 TEST_P(CceFused, RefusesByNameWhatItDoesNotTake) {
   auto c = random_case({8}, 16, 30);
   auto half = c.as(at::kHalf);

@@ -106,6 +106,19 @@ def cases():
 
 
 class Cuda(unittest.TestCase):
+    def test_main_grad_of_forward(self):
+        hidden = randn(300, 64, dtype=torch.bfloat16, grad=False)
+        weight = randn(1000, 64, dtype=torch.bfloat16, grad=False)
+        target = torch.randint(0, 1000, (300,), device="cuda")
+        for grad_mode in ("exact", "filter"):
+            asked = dict(gradients=[True, True, False], grad_mode=grad_mode)
+            plain = OPS.linear_cross_entropy(hidden, weight, target, **asked)
+            main_grad = torch.ones(1000, 64, device="cuda")
+            into = OPS.linear_cross_entropy(hidden, weight, target, main_grad=main_grad, **asked)
+            self.assertTrue(torch.equal(into[8], plain[8]))
+            self.assertEqual(into[9].numel(), 0)
+            torch.testing.assert_close((main_grad - 1).bfloat16(), plain[9], rtol=0.02, atol=1e-6)
+
     def test_nothing_waits_for_the_device(self):
         for name, (call, _) in cases().items():
             with self.subTest(operator=name):
