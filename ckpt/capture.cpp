@@ -72,10 +72,12 @@ void Capture::run() {
   std::deque<size_t> under_way;
   Lock lock(mutex_);
   while (left_to_capture_ > 0) {
+    // Asked before a buffer is looked for: nobody tells when one becomes ready in between.
+    const bool growing = pool_->growing();
     const bool more = failure_.empty() && has_waiting();
     if (more && (under_way.size() < kUnderWay || !urgent_.empty())) {
       auto* buffer = free_buffer();
-      const bool spill = buffer == nullptr && !urgent_.empty() && !pool_->growing() &&
+      const bool spill = buffer == nullptr && !urgent_.empty() && !growing &&
                          settings_.overflow == Overflow::kSpill;
       if (buffer != nullptr || spill) {
         const auto slot = next_waiting();
@@ -92,7 +94,7 @@ void Capture::run() {
       under_way.pop_front();
     } else if (!failure_.empty()) {
       return;
-    } else if (pool_->growing()) {
+    } else if (growing) {
       changed_.wait_for(lock, std::chrono::milliseconds(1));
     } else {
       changed_.wait(lock);

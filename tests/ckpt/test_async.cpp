@@ -7,11 +7,13 @@
 #include "support/expect_error.h"
 
 #include <gtest/gtest.h>
+#include <ounce/ckpt/capture.h>
 #include <ounce/ckpt/restore.h>
 #include <ounce/ckpt/scan.h>
 #include <ounce/core/device.h>
 #include <sys/wait.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <set>
 #include <thread>
@@ -662,6 +664,52 @@ TEST_P(AsyncGpu, StateOfTheHostAndTheDeviceTogether) {
   change(training);
   ticket.wait();
   expect_stored(before);
+}
+
+// The pool's last buffer becomes ready at any moment while the copying thread looks for one: nobody
+// tells it.
+TEST(Capture, SeesABufferThatBecomesReadyWhileItLooksForOne) {
+  struct One : Stateful {
+    at::Tensor value = at::ones({16});
+    void visit_state(StateVisitor& visitor) override {
+      visitor.tensor("value", value, StateClass::kStep);
+    }
+  } state;
+  constexpr int kTries = 2000;
+  std::mutex mutex;
+  Capture* current = nullptr;
+  std::atomic<int> tries = 0;
+  std::thread watch([&] {
+    for (int idle = 0; tries < kTries && idle < 50;) {
+      const int before = tries;
+      std::this_thread::sleep_for(milliseconds(100));
+      idle = tries == before ? idle + 1 : 0;
+    }
+    const std::lock_guard lock(mutex);
+    if (current != nullptr) current->fail("it waits for ever");
+  });
+  CopyStreams streams;
+  std::string failure;
+  while (tries < kTries) {
+    Snapshot snapshot({{"", &state}});
+    snapshot.materialize();
+    const auto slots = cut_into_slots({{0, 64, -1}}, kSlot, kBlockBytes);
+    Capture capture(std::move(snapshot), slots,
+                    std::make_shared<HostPool>(1, slots[0].bytes, false), streams, {});
+    {
+      const std::lock_guard lock(mutex);
+      current = &capture;
+    }
+    capture.run();
+    const std::lock_guard lock(mutex);
+    current = nullptr;
+    failure = capture.failure();
+    if (!failure.empty()) break;
+    ++tries;
+  }
+  const int reached = tries.exchange(kTries);
+  watch.join();
+  EXPECT_EQ(failure, "") << "at try " << reached;
 }
 
 }  // namespace
