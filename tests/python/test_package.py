@@ -11,6 +11,8 @@ PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../core/p
 
 # What an operator need not have, and why. Autocast is for calls of users.
 COMPOSED = "ounce::naive_recurrent_gla"  # from differentiable operators, which have all of it
+# Of optimizers: no derivative, and their own precision inside autocast.
+OPTIM = [f"ounce::{name}" for name in ("dct_basis", "dct_rank", "dct_select", "dct_project", "dct_backproject", "newton_schulz")]
 WITHOUT = {
     ("ounce::linear_cross_entropy_backward", "Autocast"),  # its kernel switches it off
     ("ounce::rounded_gradient", "Autograd"),  # called by a backward that makes no graph
@@ -21,6 +23,8 @@ WITHOUT = {
     (COMPOSED, "CUDA"),
     (COMPOSED, "Meta"),
     (COMPOSED, "Autograd"),
+    *((name, key) for name in OPTIM for key in ("Autograd", "Autocast")),
+    *(("ounce::dct_basis", key) for key in ("CPU", "CUDA", "Meta")),  # has no tensor to go by
 }
 
 

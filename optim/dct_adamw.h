@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: MIT
+// Adam in the subspace of the basis vectors that hold most of each gradient (DCT-AdamW, Modoranu et
+// al. 2025, arXiv 2505.17967): moments of `rank` columns instead of all.
+#pragma once
+
+#include <ounce/optim/dct.h>
+#include <ounce/optim/named_optimizer.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace ounce::optim {
+
+struct DctAdamWOptions {
+  double lr = 1e-3;             // >= 0
+  double beta1 = 0.9;           // in [0, 1)
+  double beta2 = 0.999;         // in [0, 1)
+  double eps = 1e-8;            // > 0
+  double weight_decay = 0.01;   // >= 0, decoupled; norms, biases and embeddings take 0
+  int64_t rank = 256;           // columns kept of the smaller side
+  double rank_fraction = 0;     // in (0, 1]: that share of it instead; 0 = rank
+  int64_t update_interval = 1;  // gradients between choices of the columns
+  Basis basis = Basis::kDct2;
+  int64_t norm = 2;         // 1 or 2: by which columns are ranked
+  Side side = Side::kAuto;  // which side is projected; auto: the smaller
+  // Moments follow their basis vectors when the choice changes. Without, each keeps its place and
+  // goes on with another vector's history.
+  bool rotate = true;
+  // What the projection leaves out is added to the next gradient. Costs the parameter's size again.
+  bool error_feedback = false;
+  // A column that was not there before begins with a second moment of its present mean square, as
+  // if it had been there with that; without, with 0, and its first update is several times too
+  // large.
+  bool estimate_fresh_columns = true;
+  bool project = true;      // false: AdamW
+  int64_t min_dim = 0;      // matrices with a smaller side take AdamW; 0 = twice the rank
+  int64_t max_dim = 32000;  // so do those with a larger one: embeddings and heads
+  std::vector<NamedOptimizer::GroupRule> groups = {};
+};
+
+// For a matrix p with gradient g times control.grad_scale, its projected side last (p, g: their
+// transposes where that is the rows), Q [n, rank] the chosen vectors, t its step count from 1:
+//   g = g + e;                     e = g - g Q Q^T                          (error_feedback)
+//   a = g Q;                       m = beta1 m + (1 - beta1) a;  v = beta2 v + (1 - beta2) a^2
+//   p = (1 - lr weight_decay) p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) Q^T
+// Parameters of more than two dimensions are matrices [d_0, the rest]. What is not projected takes
+// the same without Q: AdamW. State per projected parameter: exp_avg, exp_avg_sq [long side, rank],
+// indices [rank] int32, step, and with error_feedback residual, in the parameter's dtype (fp32 or
+// fp64; 16-bit parameters are refused by name), all from construction on. No host synchronisation,
+// so a choice of columns that falls on a skipped step waits for the next one. This is the composed
+// path, on any device.
+class DctAdamW : public NamedOptimizer {
+ public:
+  explicit DctAdamW(NamedParameters parameters, const DctAdamWOptions& options = {});
+  explicit DctAdamW(const torch::nn::Module& module, const DctAdamWOptions& options = {})
+      : DctAdamW(named_parameters(module), options) {}
+  explicit DctAdamW(const std::vector<at::Tensor>& parameters, const DctAdamWOptions& options = {})
+      : DctAdamW(named_parameters(parameters), options) {}
+
+  void visit_state(StateVisitor& visitor) override;
+  int64_t state_bytes() const override;
+
+  // The numbers of the basis vectors that a parameter's moments belong to, [rank] int32 ascending;
+  // undefined where it is not projected.
+  at::Tensor indices_of(const at::Tensor& parameter) const;
+
+ protected:
+  void update(const StepControl& control) override;
+
+ private:
+  struct Slot {
+    at::Tensor step, exp_avg, exp_avg_sq;
+    at::Tensor indices, residual;  // undefined where not projected, without error feedback
+    int64_t gradients = 0;         // so many have come
+    bool transposed = false;       // the projected side is the rows
+  };
+  struct Step;  // what one step does to one parameter
+
+  std::vector<Slot> slots_;                // as parameters()
+  std::vector<DctAdamWOptions> settings_;  // as param_groups()
+};
+
+// Adds `dct_adamw` to the registry.
+void register_dct_adamw();
+
+}  // namespace ounce::optim
