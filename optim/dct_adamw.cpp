@@ -26,7 +26,8 @@ basis = "dct2"          # dct2 | dct3 | identity | hadamard | random
 norm = 2                # 1 | 2: by which columns are ranked
 side = "auto"           # auto | left | right: which side is projected
 rotate = true           # moments follow their basis vectors
-error_feedback = false  # what the projection leaves out is added to the next gradient
+residual = "none"       # none | ef | sign | fira: what becomes of what the projection leaves out
+residual_scale = 1.0    # of the signs' step
 estimate_fresh_columns = true  # a new column's second moment begins with its mean square, not with 0
 project = true          # false: AdamW
 min_dim = 0             # matrices with a smaller side take AdamW; 0 = twice the rank
@@ -36,6 +37,8 @@ group = []              # tables: match = "*norm*", and what differs: lr_scale o
 
 constexpr const char* kBases[] = {"dct2", "dct3", "identity", "hadamard", "random"};
 constexpr const char* kSides[] = {"auto", "left", "right"};
+const std::vector<std::string> kResiduals = {"none", "ef", "sign", "fira"};
+constexpr double kNormGrowth = 1.01;  // of a Fira step
 
 Options to_options(const DctAdamWOptions& from) {
   Options options;
@@ -51,7 +54,8 @@ Options to_options(const DctAdamWOptions& from) {
   options.set("norm", from.norm);
   options.set("side", std::string(kSides[static_cast<int>(from.side)]));
   options.set("rotate", from.rotate);
-  options.set("error_feedback", from.error_feedback);
+  options.set("residual", kResiduals[static_cast<size_t>(from.residual)]);
+  options.set("residual_scale", from.residual_scale);
   options.set("estimate_fresh_columns", from.estimate_fresh_columns);
   options.set("project", from.project);
   options.set("min_dim", from.min_dim);
@@ -73,7 +77,10 @@ DctAdamWOptions from_options(const Options& options) {
   to.norm = options.positive("norm");
   to.side = parse_side(options.text("side"));
   to.rotate = options.flag("rotate");
-  to.error_feedback = options.flag("error_feedback");
+  const auto& residual = options.choice("residual", kResiduals);
+  to.residual = static_cast<Residual>(std::find(kResiduals.begin(), kResiduals.end(), residual) -
+                                      kResiduals.begin());
+  to.residual_scale = options.number_in("residual_scale", 0, 1e6);
   to.estimate_fresh_columns = options.flag("estimate_fresh_columns");
   to.project = options.flag("project");
   to.min_dim = options.non_negative("min_dim");
@@ -156,12 +163,30 @@ struct DctAdamW::Step {
       const auto full = dct_backproject(low, indices, n, Side::kRight, o.basis);
       return slot.transposed ? full.t() : full;
     };
-    if (slot.residual.defined()) {
-      assign(matrix(slot.residual), (slot.transposed ? g.t() : g) - back(a));
-    }
-    const auto direction = back(adam(slot, m, v, a));
+    const auto low = adam(slot, m, v, a);
     if (chooses) assign(slot.indices, indices);
+    auto direction = back(low);
+    if (o.residual == Residual::kNone) return direction;
+    const auto rest = (slot.transposed ? g.t() : g) - back(a);
+    if (o.residual == Residual::kErrorFeedback) {
+      assign(matrix(slot.residual), rest);
+    } else if (o.residual == Residual::kSign) {
+      direction = direction + rest.sign() * o.residual_scale;
+    } else {
+      direction = direction + fira(slot, rest, low, a);
+    }
     return direction;
+  }
+
+  Tensor fira(Slot& slot, const Tensor& rest, const Tensor& low, const Tensor& a) const {
+    const auto size = a.norm(2, {1});
+    const auto factor = low.norm(2, {1}) / size.masked_fill(size.eq(0), 1);
+    auto step = rest * factor.unsqueeze(slot.transposed ? 0 : 1);
+    const auto norm = step.norm(), most = slot.residual_norm * kNormGrowth;
+    const auto limited = at::where(most.gt(0).logical_and_(norm > most), most, norm);
+    step = step * (limited / norm.masked_fill(norm.eq(0), 1));
+    assign(slot.residual_norm, limited);
+    return step;
   }
 
   void operator()(const Tensor& parameter, Slot& slot) const {
@@ -204,7 +229,10 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
       slot.exp_avg = at::zeros({rows + columns - n, rank}, fresh);
       slot.exp_avg_sq = at::zeros_like(slot.exp_avg);
       slot.indices = at::arange(rank, fresh.dtype(at::kInt));
-      if (o.error_feedback) slot.residual = at::zeros(parameter.sizes(), fresh);
+      if (o.residual == Residual::kErrorFeedback) {
+        slot.residual = at::zeros(parameter.sizes(), fresh);
+      }
+      if (o.residual == Residual::kFira) slot.residual_norm = at::zeros({}, fresh);
     }
   }
 }
@@ -250,6 +278,9 @@ void DctAdamW::visit_state(StateVisitor& visitor) {
     visitor.tensor("indices", slot.indices, StateClass::kStep);
     visitor.integer("gradients", slot.gradients);
     if (slot.residual.defined()) visitor.tensor("residual", slot.residual, StateClass::kStep);
+    if (slot.residual_norm.defined()) {
+      visitor.tensor("residual_norm", slot.residual_norm, StateClass::kStep);
+    }
   }
   visit_groups(visitor);
 }
@@ -257,8 +288,8 @@ void DctAdamW::visit_state(StateVisitor& visitor) {
 int64_t DctAdamW::state_bytes() const {
   int64_t bytes = 0;
   for (const auto& slot : slots_) {
-    for (const auto* tensor :
-         {&slot.step, &slot.exp_avg, &slot.exp_avg_sq, &slot.indices, &slot.residual}) {
+    for (const auto* tensor : {&slot.step, &slot.exp_avg, &slot.exp_avg_sq, &slot.indices,
+                               &slot.residual, &slot.residual_norm}) {
       if (tensor->defined()) bytes += static_cast<int64_t>(tensor->nbytes());
     }
   }

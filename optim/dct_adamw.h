@@ -12,6 +12,16 @@
 
 namespace ounce::optim {
 
+// What becomes of g - g Q Q^T, which the projection leaves out.
+enum class Residual {
+  kNone,           // it is dropped
+  kErrorFeedback,  // added to the next gradient; costs the parameter's size again
+  kSign,           // a step of residual_scale times its signs (FRUGAL, Zmushko et al. 2024)
+  // A step of it, each row of the long side scaled as Adam scaled the row's projection, and its
+  // norm at most 1.01 times that of the step before (Fira, Chen et al. 2024).
+  kFira,
+};
+
 struct DctAdamWOptions {
   double lr = 1e-3;             // >= 0
   double beta1 = 0.9;           // in [0, 1)
@@ -27,8 +37,8 @@ struct DctAdamWOptions {
   // Moments follow their basis vectors when the choice changes. Without, each keeps its place and
   // goes on with another vector's history.
   bool rotate = true;
-  // What the projection leaves out is added to the next gradient. Costs the parameter's size again.
-  bool error_feedback = false;
+  Residual residual = Residual::kNone;
+  double residual_scale = 1;  // >= 0, of Residual::kSign
   // A column that was not there before begins with a second moment of its present mean square, as
   // if it had been there with that; without, with 0, and its first update is several times too
   // large.
@@ -41,15 +51,16 @@ struct DctAdamWOptions {
 
 // For a matrix p with gradient g times control.grad_scale, its projected side last (p, g: their
 // transposes where that is the rows), Q [n, rank] the chosen vectors, t its step count from 1:
-//   g = g + e;                     e = g - g Q Q^T                          (error_feedback)
-//   a = g Q;                       m = beta1 m + (1 - beta1) a;  v = beta2 v + (1 - beta2) a^2
-//   p = (1 - lr weight_decay) p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) Q^T
+//   g = g + e;  e = g - g Q Q^T                                             (kErrorFeedback)
+//   a = g Q;    m = beta1 m + (1 - beta1) a;    v = beta2 v + (1 - beta2) a^2
+//   u = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+//   p = (1 - lr weight_decay) p - lr (u Q^T + the residual's step)
 // Parameters of more than two dimensions are matrices [d_0, the rest]. What is not projected takes
 // the same without Q: AdamW. State per projected parameter: exp_avg, exp_avg_sq [long side, rank],
-// indices [rank] int32, step, and with error_feedback residual, in the parameter's dtype (fp32 or
-// fp64; 16-bit parameters are refused by name), all from construction on. No host synchronisation,
-// so a choice of columns that falls on a skipped step waits for the next one. This is the composed
-// path, on any device.
+// indices [rank] int32, step, with kErrorFeedback residual, with kFira residual_norm, in the
+// parameter's dtype (fp32 or fp64; 16-bit parameters are refused by name), all from construction
+// on. No host synchronisation, so a choice of columns that falls on a skipped step waits for the
+// next one. This is the composed path, on any device.
 class DctAdamW : public NamedOptimizer {
  public:
   explicit DctAdamW(NamedParameters parameters, const DctAdamWOptions& options = {});
@@ -71,9 +82,10 @@ class DctAdamW : public NamedOptimizer {
  private:
   struct Slot {
     at::Tensor step, exp_avg, exp_avg_sq;
-    at::Tensor indices, residual;  // undefined where not projected, without error feedback
-    int64_t gradients = 0;         // so many have come
-    bool transposed = false;       // the projected side is the rows
+    at::Tensor indices;                  // undefined where not projected
+    at::Tensor residual, residual_norm;  // undefined without those modes
+    int64_t gradients = 0;               // so many have come
+    bool transposed = false;             // the projected side is the rows
   };
   struct Step;  // what one step does to one parameter
 

@@ -78,10 +78,11 @@ struct Dense {
   DctAdamWOptions o;
   Tensor p, m, v, q, e;
   int64_t t = 0;
+  double norm = 0;
 
   void step(const Tensor& gradient) {
     const auto basis = dct_basis(p.size(1), o.basis, p.options().requires_grad(false));
-    const auto g = e.defined() && o.error_feedback ? gradient + e : gradient;
+    const auto g = e.defined() && o.residual == Residual::kErrorFeedback ? gradient + e : gradient;
     if (t % o.update_interval == 0) {
       const auto norms = g.matmul(basis.t()).norm(2, {0});
       const auto chosen = std::get<0>(std::get<1>(norms.topk(o.rank)).sort());
@@ -108,21 +109,32 @@ struct Dense {
     v = o.beta2 * v + (1 - o.beta2) * a.square();
     const auto u =
         (m / (1 - std::pow(o.beta1, t))) / ((v / (1 - std::pow(o.beta2, t))).sqrt() + o.eps);
-    p = p * (1 - o.lr * 0.05) - o.lr * u.matmul(q.t());
+    auto direction = u.matmul(q.t());
+    if (o.residual == Residual::kSign) direction += o.residual_scale * e.sign();
+    if (o.residual == Residual::kFira) {
+      auto scaled = e * (u.norm(2, {1}, true) / a.norm(2, {1}, true));
+      const double now = scaled.norm().item<double>();
+      if (norm > 0 && now > 1.01 * norm) scaled *= 1.01 * norm / now;
+      norm = scaled.norm().item<double>();
+      direction += scaled;
+    }
+    p = p * (1 - o.lr * 0.05) - o.lr * direction;
   }
 };
 
 TEST_P(DctAdamWOnDevice, EqualsItsDefinition) {
-  for (const bool feedback : {false, true}) {
+  for (const auto residual :
+       {Residual::kNone, Residual::kErrorFeedback, Residual::kSign, Residual::kFira}) {
     for (const int64_t interval : {1, 3}) {
       for (const bool estimate : {true, false}) {
-        SCOPED_TRACE(c10::str(feedback, " ", interval, " ", estimate));
+        SCOPED_TRACE(c10::str(static_cast<int>(residual), " ", interval, " ", estimate));
         auto o = small(5);
-        o.error_feedback = feedback;
+        o.residual = residual;
+        o.residual_scale = 0.3;
         o.update_interval = interval;
         o.estimate_fresh_columns = estimate;
         const auto p = parameter({20, 16}), flipped = p.detach().t().clone().requires_grad_();
-        Dense dense{o, p.detach().clone(), {}, {}, {}, {}};
+        Dense dense{.o = o, .p = p.detach().clone()};
         DctAdamW optimizer({p}, o), transposed({flipped}, o);
         for (int64_t step = 0; step < 20; ++step) {
           const auto g = gradient_of(p, step);
@@ -143,7 +155,7 @@ TEST_P(DctAdamWOnDevice, EqualsItsDefinition) {
 // What was applied and what is still held back are all gradients so far.
 TEST_P(DctAdamWOnDevice, ErrorFeedbackLosesNothing) {
   auto o = small(3);
-  o.error_feedback = true;
+  o.residual = Residual::kErrorFeedback;
   const auto p = parameter({24, 12});
   DctAdamW optimizer({p}, o);
   Tensor residual;
@@ -196,7 +208,7 @@ TEST_P(DctAdamWOnDevice, FreshColumnsDoNotLeap) {
 TEST_P(DctAdamWOnDevice, SavedStateGoesOnBitForBit) {
   for (const auto type : {at::kFloat, at::kDouble}) {
     auto o = small(4);
-    o.error_feedback = true;
+    o.residual = Residual::kErrorFeedback;
     o.update_interval = 3;
     const std::vector<Tensor> straight = {parameter({16, 9}, type), parameter({7}, type)};
     std::vector<Tensor> resumed;
@@ -228,7 +240,7 @@ TEST_P(DctAdamWOnDevice, SavedStateGoesOnBitForBit) {
 
 TEST_P(DctAdamWOnDevice, SkipsLeaveEveryBitAndScalesMultiply) {
   auto o = small(4);
-  o.error_feedback = true;
+  o.residual = Residual::kErrorFeedback;
   const auto p = parameter({16, 9}), scaled = copy_of(p);
   DctAdamW optimizer({p}, o), other({scaled}, o);
   const auto scalar = [&](double x) { return torch::full({}, x, torch::device(device())); };
@@ -298,6 +310,7 @@ TEST(DctAdamWRefuses, ByName) {
   EXPECT_OUNCE_ERROR(make([](auto& o) { o.norm = 3; }), kUsage, "norm = 1 or 2, got 3");
   EXPECT_OUNCE_ERROR(make([](auto& o) { o.basis = Basis::kHadamard; }), kUsage,
                      "'0' [6, 10]: expected a power of two for a hadamard basis, got 6");
+  EXPECT_OUNCE_ERROR(make([](auto& o) { o.residual_scale = -1; }), kUsage, "residual_scale");
   EXPECT_OUNCE_ERROR(make([](auto&) {}, at::kBFloat16), kUsage, "dct_adamw");
 }
 
