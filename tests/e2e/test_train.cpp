@@ -7,21 +7,26 @@ namespace {
 
 TEST_F(Train, ResumeIsBitIdenticalToNeverHavingStopped) {
   struct Case {
-    const char *compute, *threads, *more;
+    const char *name, *compute, *threads, *more;
     int half;
   };
   // Wide enough in the last one that ATen splits its loops over both threads; they do not spin
   // while they wait, which would take other tests' cores.
   const ScopedVariable waiting("OMP_WAIT_POLICY", "passive");
   const Case cases[] = {
-      {"fp32", "1", "", 20},
-      {"bf16", "1", "", 20},
-      {"fp32", "2", "--set model.dim=128 --set data.sequence=128 --set data.batch=8 ", 4},
+      {"fp32", "fp32", "1", "", 20},
+      {"bf16", "bf16", "1", "", 20},
+      {"threads", "fp32", "2", "--set model.dim=128 --set data.sequence=128 --set data.batch=8 ",
+       4},
+      {"dct_adamw", "fp32", "1",
+       "--set optimizer.name=dct_adamw --set optimizer.rank=8 --set optimizer.residual=ef "
+       "--set optimizer.update_interval=3 ",
+       10},
   };
-  for (const auto& [compute, threads, more, half] : cases) {
+  for (const auto& [name, compute, threads, more, half] : cases) {
     const ScopedVariable openmp("OMP_NUM_THREADS", threads);
     const auto set = std::string("--set precision.compute=") + compute + " " + more + "--out ";
-    const auto name = std::string(compute) + threads, a = "A" + name, b = "B" + name;
+    const auto a = std::string("A-") + name, b = std::string("B-") + name;
     const auto first = " --steps " + std::to_string(half),
                all = " --steps " + std::to_string(2 * half);
     const auto whole = train(set + a + all);
@@ -36,7 +41,7 @@ TEST_F(Train, ResumeIsBitIdenticalToNeverHavingStopped) {
   }
   // The comparison can fail: another seed gives other weights.
   ASSERT_EQ(train("--steps 40 --seed 2 --out C").exit_code, 0);
-  EXPECT_EQ(run("ckpt diff Afp321 C").exit_code, 1);
+  EXPECT_EQ(run("ckpt diff A-fp32 C").exit_code, 1);
 }
 
 TEST_F(Train, LearnsAndWritesTheRunFolder) {
