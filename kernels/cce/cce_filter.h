@@ -37,8 +37,9 @@ struct KeptMatrix {
 cudaError_t list_kept(const KeptMatrix& matrix, int* list, int* count, cudaStream_t stream);
 
 // out [m, n] = left right, or + left right, over the kept tiles of the inner dimension: row m /
-// kFilterTile of a list names them. bf16 matrices, 16-byte aligned, strides multiples of 8; summed
-// in fp32. With parts > 1 each sums an equal share of every list, into out [parts, m, n].
+// kFilterTile of a list names them. bf16 matrices whose strides are multiples of 8; they and out
+// 16-byte aligned, n a multiple of 8; summed in fp32. With parts > 1 each sums an equal share of
+// every list, into out [parts, m, n].
 struct KeptProduct {
   const void* left = nullptr;  // [m, inner], or [inner, m]
   bool left_is_transposed = false;
