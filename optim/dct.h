@@ -31,9 +31,11 @@ enum class Basis {
   kHadamard,  // signs / sqrt(n), n a power of two, in the order of Sylvester's construction
   kRandom,    // a fixed draw for each n from all rotations; n^3 work at every call
 };
+std::string_view text(Basis basis);
 Basis parse_basis(std::string_view name);  // dct2 | dct3 | identity | hadamard | random
 
 enum class Side { kAuto, kLeft, kRight };
+std::string_view text(Side side);
 Side parse_side(std::string_view name);  // auto | left | right
 
 // How newton_schulz() takes the singular values towards 1.

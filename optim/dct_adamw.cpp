@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include <ounce/core/check.h>
-#include <ounce/core/registry.h>
+#include <ounce/optim/adam_options.h>
 #include <ounce/optim/dct_adamw.h>
 #include <torch/torch.h>
 
@@ -35,8 +34,6 @@ max_dim = 32000         # so do those with a larger one
 group = []              # tables: match = "*norm*", and what differs: lr_scale or any key above
 )";
 
-constexpr const char* kBases[] = {"dct2", "dct3", "identity", "hadamard", "random"};
-constexpr const char* kSides[] = {"auto", "left", "right"};
 const std::vector<std::string> kResiduals = {"none", "ef", "sign", "fira"};
 constexpr double kNormGrowth = 1.01;  // of a Fira step
 
@@ -50,9 +47,9 @@ Options to_options(const DctAdamWOptions& from) {
   options.set("rank", from.rank);
   options.set("rank_fraction", from.rank_fraction);
   options.set("update_interval", from.update_interval);
-  options.set("basis", std::string(kBases[static_cast<int>(from.basis)]));
+  options.set("basis", std::string(text(from.basis)));
   options.set("norm", from.norm);
-  options.set("side", std::string(kSides[static_cast<int>(from.side)]));
+  options.set("side", std::string(text(from.side)));
   options.set("rotate", from.rotate);
   options.set("residual", kResiduals[static_cast<size_t>(from.residual)]);
   options.set("residual_scale", from.residual_scale);
@@ -66,10 +63,7 @@ Options to_options(const DctAdamWOptions& from) {
 // Of one group, whose lr is kept by the group itself; checks the ranges.
 DctAdamWOptions from_options(const Options& options) {
   DctAdamWOptions to;
-  to.beta1 = options.number_in("beta1", 0, 1);
-  to.beta2 = options.number_in("beta2", 0, 1);
-  to.eps = options.number_in("eps", 0, 1);
-  to.weight_decay = options.number_in("weight_decay", 0, 1e6);
+  read_adam_options("dct_adamw", options, to);
   to.rank = options.positive("rank");
   to.rank_fraction = options.number_in("rank_fraction", 0, 1);
   to.update_interval = options.positive("update_interval");
@@ -85,10 +79,7 @@ DctAdamWOptions from_options(const Options& options) {
   to.project = options.flag("project");
   to.min_dim = options.non_negative("min_dim");
   to.max_dim = options.positive("max_dim");
-  OUNCE_CHECK(to.beta1 < 1 && to.beta2 < 1, "[dct_adamw] expected beta1 and beta2 below 1, got ",
-              to.beta1, " and ", to.beta2);
   OUNCE_CHECK(to.norm <= 2, "[dct_adamw] expected norm = 1 or 2, got ", to.norm);
-  OUNCE_CHECK(to.eps > 0, "[dct_adamw] expected eps > 0, got ", to.eps);
   return to;
 }
 
@@ -288,25 +279,15 @@ void DctAdamW::visit_state(StateVisitor& visitor) {
 int64_t DctAdamW::state_bytes() const {
   int64_t bytes = 0;
   for (const auto& slot : slots_) {
-    for (const auto* tensor : {&slot.step, &slot.exp_avg, &slot.exp_avg_sq, &slot.indices,
-                               &slot.residual, &slot.residual_norm}) {
-      if (tensor->defined()) bytes += static_cast<int64_t>(tensor->nbytes());
-    }
+    bytes += bytes_of({&slot.step, &slot.exp_avg, &slot.exp_avg_sq, &slot.indices, &slot.residual,
+                       &slot.residual_norm});
   }
   return bytes;
 }
 
 void register_dct_adamw() {
-  registry<NamedOptimizer>().add(
-      {.name = "dct_adamw",
-       .doc = "AdamW in the DCT columns that hold most of each gradient",
-       .defaults = kDefaults},
-      [](const Options& options, const NamedOptimizer::Context& context) {
-        auto settings = from_options(options);
-        settings.lr = options.number("lr");
-        settings.groups = NamedOptimizer::parse_groups(*options.find("group"));
-        return std::make_shared<DctAdamW>(context.parameters, settings);
-      });
+  add_optimizer<DctAdamW>("dct_adamw", "AdamW in the DCT columns that hold most of each gradient",
+                          kDefaults, from_options);
 }
 
 }  // namespace ounce::optim

@@ -18,14 +18,35 @@ namespace {
 using at::Tensor;
 
 template <class E, size_t count>
-E parse(const char* what, std::string_view name,
-        const std::array<std::pair<const char*, E>, count>& known) {
+using Names = std::array<std::pair<const char*, E>, count>;
+
+constexpr Names<Basis, 5> kBases = {{{"dct2", Basis::kDct2},
+                                     {"dct3", Basis::kDct3},
+                                     {"identity", Basis::kIdentity},
+                                     {"hadamard", Basis::kHadamard},
+                                     {"random", Basis::kRandom}}};
+constexpr Names<Side, 3> kSides = {
+    {{"auto", Side::kAuto}, {"left", Side::kLeft}, {"right", Side::kRight}}};
+constexpr Names<Iteration, 3> kIterations = {{{"quintic", Iteration::kQuintic},
+                                              {"polar_express", Iteration::kPolarExpress},
+                                              {"gram", Iteration::kGram}}};
+
+template <class E, size_t count>
+E parse(const char* what, std::string_view name, const Names<E, count>& known) {
   std::string all;
   for (const auto& [candidate, value] : known) {
     if (name == candidate) return value;
     all += (all.empty() ? "" : ", ") + std::string(candidate);
   }
   fail(Fault::kUsage, "[dct] expected ", what, " = ", all, ", got '", name, "'");
+}
+
+template <class E, size_t count>
+std::string_view text_of(E value, const Names<E, count>& known) {
+  for (const auto& [name, candidate] : known) {
+    if (value == candidate) return name;
+  }
+  fail(Fault::kUsage, "[dct] ", static_cast<int>(value), " is not one of its values");
 }
 
 at::ScalarType compute_type(const Tensor& x) {
@@ -153,24 +174,11 @@ Tensor polynomial(const Quintic& q, const Tensor& m) {
 
 }  // namespace
 
-Basis parse_basis(std::string_view name) {
-  return parse<Basis, 5>("basis", name,
-                         {{{"dct2", Basis::kDct2},
-                           {"dct3", Basis::kDct3},
-                           {"identity", Basis::kIdentity},
-                           {"hadamard", Basis::kHadamard},
-                           {"random", Basis::kRandom}}});
-}
-Side parse_side(std::string_view name) {
-  return parse<Side, 3>("side", name,
-                        {{{"auto", Side::kAuto}, {"left", Side::kLeft}, {"right", Side::kRight}}});
-}
-Iteration parse_iteration(std::string_view name) {
-  return parse<Iteration, 3>("kind", name,
-                             {{{"quintic", Iteration::kQuintic},
-                               {"polar_express", Iteration::kPolarExpress},
-                               {"gram", Iteration::kGram}}});
-}
+std::string_view text(Basis basis) { return text_of(basis, kBases); }
+std::string_view text(Side side) { return text_of(side, kSides); }
+Basis parse_basis(std::string_view name) { return parse("basis", name, kBases); }
+Side parse_side(std::string_view name) { return parse("side", name, kSides); }
+Iteration parse_iteration(std::string_view name) { return parse("kind", name, kIterations); }
 
 Tensor dct_basis(int64_t n, Basis kind, const at::TensorOptions& options) {
   check_size(n, kind);

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include <ounce/core/check.h>
-#include <ounce/core/registry.h>
+#include <ounce/optim/adam_options.h>
 #include <ounce/optim/fused_adamw.h>
 #include <torch/torch.h>
 
@@ -37,15 +36,9 @@ Options to_options(const AdamWOptions& from) {
 // Of one group, whose lr is kept by the group itself; checks the ranges.
 AdamWOptions from_options(const Options& options) {
   AdamWOptions to;
-  to.beta1 = options.number_in("beta1", 0, 1);
-  to.beta2 = options.number_in("beta2", 0, 1);
-  to.eps = options.number_in("eps", 0, 1);
-  to.weight_decay = options.number_in("weight_decay", 0, 1e6);
+  read_adam_options("adamw", options, to);
   to.amsgrad = options.flag("amsgrad");
   to.maximize = options.flag("maximize");
-  OUNCE_CHECK(to.beta1 < 1 && to.beta2 < 1, "[adamw] expected beta1 and beta2 below 1, got ",
-              to.beta1, " and ", to.beta2);
-  OUNCE_CHECK(to.eps > 0, "[adamw] expected eps > 0, got ", to.eps);
   return to;
 }
 
@@ -175,24 +168,14 @@ void FusedAdamW::visit_state(StateVisitor& visitor) {
 int64_t FusedAdamW::state_bytes() const {
   int64_t bytes = 0;
   for (const auto& slot : slots_) {
-    for (const auto* tensor : {&slot.step, &slot.exp_avg, &slot.exp_avg_sq, &slot.max_exp_avg_sq}) {
-      if (tensor->defined()) bytes += static_cast<int64_t>(tensor->nbytes());
-    }
+    bytes += bytes_of({&slot.step, &slot.exp_avg, &slot.exp_avg_sq, &slot.max_exp_avg_sq});
   }
   return bytes;
 }
 
 void register_adamw() {
-  registry<NamedOptimizer>().add(
-      {.name = "adamw",
-       .doc = "AdamW with fp32 moments, one fused launch a group",
-       .defaults = kDefaults},
-      [](const Options& options, const NamedOptimizer::Context& context) {
-        auto settings = from_options(options);
-        settings.lr = options.number("lr");
-        settings.groups = NamedOptimizer::parse_groups(*options.find("group"));
-        return std::make_shared<FusedAdamW>(context.parameters, settings);
-      });
+  add_optimizer<FusedAdamW>("adamw", "AdamW with fp32 moments, one fused launch a group", kDefaults,
+                            from_options);
 }
 
 }  // namespace ounce::optim

@@ -37,9 +37,8 @@ reference::Tokens tokens_of(bool fused, const CceInputs& in, const CceOptions& o
       in.token_weight ? OptionalTensor(to_hidden_place(*in.token_weight, o.shift())) : std::nullopt;
   const auto vocab = in.weight.size(0);
   if (fused) return fused::describe_tokens(target, token_weight, in.class_weight, vocab, o);
-  const auto compute = in.hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   return reference::describe_tokens(target.to(at::kLong), target.ne(o.ignore_index()), token_weight,
-                                    in.class_weight, vocab, compute);
+                                    in.class_weight, vocab, compute_type(in.hidden));
 }
 
 void check_targets(const CceInputs& in, const CceOptions& o) {

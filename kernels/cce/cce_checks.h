@@ -17,6 +17,11 @@ namespace ounce::detail {
 
 using CceOptions = LinearCrossEntropyOptions;
 
+// What a call computes in.
+inline at::ScalarType compute_type(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 // The tensors of a call, by reference.
 struct CceInputs {
   const at::Tensor& hidden;
@@ -148,7 +153,7 @@ inline void check_inputs(const CceInputs& in, const CceOptions& o) {
               "[linear_cross_entropy] expected target of hidden's shape without D, ",
               hidden.sizes().slice(0, hidden.dim() - 1), ", got ", target.sizes());
   if (const auto& main = o.main_grad(); main.defined()) {
-    const auto type = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const auto type = compute_type(hidden);
     check_same_device("main_grad", main, hidden);
     OUNCE_CHECK(!main.requires_grad(),
                 "[linear_cross_entropy] expected main_grad without a gradient of its own");

@@ -165,28 +165,14 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   const Memory memory(raw);
   const uint32_t block = ptx::block_in_cluster();
   const int cluster = blockIdx.x / 2;
-  memory.start();
-  // Together what the block was launched with: 3 x 168.
-  if (threadIdx.x < kGroup) {
-    ptx::give_registers<40>();
-    if (threadIdx.x == 0) fetch<left_is_transposed>(a, memory, cluster, block);
-  } else {
-    ptx::take_registers<232>();
-    multiply<left_is_transposed, Out>(a, memory, cluster, block);
-  }
-  // A block's memory and barriers are used by the other one until both are through.
-  ptx::cluster_sync();
+  run_block(
+      memory, [&] { fetch<left_is_transposed>(a, memory, cluster, block); },
+      [&] { multiply<left_is_transposed, Out>(a, memory, cluster, block); });
 }
 
 template <bool left_is_transposed, class Out>
 cudaError_t launch(const Arguments& a, cudaStream_t stream) {
-  const auto kernel = multiply_kept_of<left_is_transposed, Out>;
-  // An attribute is of the current device.
-  const auto allowed =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Memory::kBytes);
-  if (allowed != cudaSuccess) return allowed;
-  kernel<<<2 * a.clusters, kThreads, Memory::kBytes, stream>>>(a);
-  return cudaGetLastError();
+  return launch_clusters<Memory>(multiply_kept_of<left_is_transposed, Out>, a, a.clusters, stream);
 }
 
 int row_tiles_of(int64_t m) { return static_cast<int>((m + kTileRows - 1) / kTileRows); }

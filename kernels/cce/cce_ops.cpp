@@ -62,7 +62,7 @@ Tensor like(bool full, const Tensor& t) {
 
 Outputs forward_meta(const Inputs& in, const CceOptions& o, Wanted wanted) {
   detail::check_wanted(in, o, wanted);
-  const auto compute = in.hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto compute = detail::compute_type(in.hidden);
   const auto options = in.hidden.options().dtype(compute);
   const auto per_token = [&](at::ScalarType type, bool full) {
     return full ? at::empty_symint(in.target.sym_sizes(), options.dtype(type))
@@ -98,7 +98,7 @@ Tensor rounded_meta(const Tensor& gradient, const Tensor&, at::ScalarType type) 
 
 // --- the dispatcher: options as single arguments, and back --------------------------------------
 
-template <auto kernel>
+template <Outputs (*kernel)(const Inputs&, const CceOptions&, Wanted)>
 Outputs forward_entry(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                       const OptionalTensor& bias, const OptionalTensor& token_weight,
                       const OptionalTensor& class_weight, int64_t ignore_index,
@@ -339,7 +339,8 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
   }
 };
 
-Outputs forward_autograd(const Inputs& in, CceOptions o, Wanted asked) {
+Outputs forward_autograd(const Inputs& in, const CceOptions& given, Wanted asked) {
+  auto o = given;
   detail::check_constants(in);
   const bool adds_later = o.main_grad().defined() && in.weight.requires_grad() && !any(asked);
   OUNCE_CHECK(!adds_later || o.recompute() != Recompute::kNever,

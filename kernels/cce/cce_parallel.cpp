@@ -53,7 +53,7 @@ struct Local {
     }
     here = target_here.ge(0).logical_and_(target_here.lt(rows.size(0))).logical_and_(counted);
     target = at::where(here, target_here, 0).masked_fill_(counted.logical_not(), kIgnored);
-    weight = here.to(rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    weight = here.to(detail::compute_type(rows));
   }
 };
 

@@ -485,17 +485,9 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   const uint32_t block = ptx::block_in_cluster();
   const int cluster = blockIdx.x / 2;
   const int depth_steps = static_cast<int>((a.logits.dim + kDepth - 1) / kDepth);
-  memory.start();
-  // Together what the block was launched with: 3 x 168.
-  if (threadIdx.x < kGroup) {
-    ptx::give_registers<40>();
-    if (threadIdx.x == 0) fetch<pass>(a, memory, depth_steps, cluster, block);
-  } else {
-    ptx::take_registers<232>();
-    multiply<pass, capped, measured>(a, memory, depth_steps, cluster, block);
-  }
-  // A block's memory and barriers are used by the other one until both are through.
-  ptx::cluster_sync();
+  run_block(
+      memory, [&] { fetch<pass>(a, memory, depth_steps, cluster, block); },
+      [&] { multiply<pass, capped, measured>(a, memory, depth_steps, cluster, block); });
 }
 
 // `stride` elements from row to row.
@@ -507,14 +499,8 @@ cudaError_t map_of(CUtensorMap* map, const void* data, int64_t rows, int64_t col
 
 template <Pass pass, bool capped, bool measured>
 cudaError_t launch_kernel(const Arguments& a, cudaStream_t stream) {
-  constexpr int bytes = Memory<pass>::kBytes;
-  const auto kernel = pass_over_logits<pass, capped, measured>;
-  // An attribute is of the current device.
-  const auto allowed =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (allowed != cudaSuccess) return allowed;
-  kernel<<<2 * a.logits.schedule.clusters, kThreads, bytes, stream>>>(a);
-  return cudaGetLastError();
+  return launch_clusters<Memory<pass>>(pass_over_logits<pass, capped, measured>, a,
+                                       a.logits.schedule.clusters, stream);
 }
 
 template <Pass pass>

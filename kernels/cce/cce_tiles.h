@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 // What the persistent GEMMs of the family share: a ring of stages that one warp fills with the copy
 // engine, and two warpgroups that multiply tiles of 128 x 192 in turn, so that one's epilogue runs
-// under the other's products. Blocks come in clusters of two. Device code only.
+// under the other's products. Blocks come in clusters of two. For .cu files.
 #pragma once
 
+#include <cuda_runtime.h>
 #include <ounce/kernels/cce/cce_plan.h>
 #include <ounce/kernels/common/ptx.h>
 #include <ounce/kernels/common/wgmma.h>
@@ -94,6 +95,33 @@ __device__ void each_element(Accumulators& d, const F& f) {
       }
     }
   }
+}
+
+// A block's work: one thread runs fetch(), two warpgroups run multiply().
+template <class Memory, class Fetch, class Multiply>
+__device__ void run_block(Memory memory, const Fetch& fetch, const Multiply& multiply) {
+  memory.start();
+  // Together what the block was launched with: 3 x 168.
+  if (threadIdx.x < kGroup) {
+    ptx::give_registers<40>();
+    if (threadIdx.x == 0) fetch();
+  } else {
+    ptx::take_registers<232>();
+    multiply();
+  }
+  // A block's memory and barriers are used by the other one until both are through.
+  ptx::cluster_sync();
+}
+
+template <class Memory, class Arguments>
+cudaError_t launch_clusters(void (*kernel)(Arguments), const Arguments& a, int clusters,
+                            cudaStream_t stream) {
+  // An attribute is of the current device.
+  const auto allowed =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Memory::kBytes);
+  if (allowed != cudaSuccess) return allowed;
+  kernel<<<2 * clusters, kThreads, Memory::kBytes, stream>>>(a);
+  return cudaGetLastError();
 }
 
 // Of the named barriers: the turn of a warpgroup to multiply.
