@@ -87,9 +87,12 @@ GatedLinearAttention::GatedLinearAttention(int64_t dim, const GlaLayerOptions& o
   head_k_ = key / heads;
   head_v_ = value / heads;
   const int64_t groups = heads / kv_heads_;
-  q_proj = register_module("q_proj", nn::Linear(dim, key));
-  k_proj = register_module("k_proj", nn::Linear(dim, key / groups));
-  v_proj = register_module("v_proj", nn::Linear(dim, value / groups));
+  // Small, as flash-linear-attention starts: the first tokens see few keys, and where q k is near 0
+  // g_norm would enlarge what is left, and its gradient, a hundredfold.
+  const double std = std::exp2(-2.5) / std::sqrt(static_cast<double>(dim));
+  q_proj = register_module("q_proj", nn::Linear(dim, key, /*bias=*/false, std));
+  k_proj = register_module("k_proj", nn::Linear(dim, key / groups, /*bias=*/false, std));
+  v_proj = register_module("v_proj", nn::Linear(dim, value / groups, /*bias=*/false, std));
   if (options.output_gate) g_proj = register_module("g_proj", nn::Linear(dim, value));
   gk_down = nn::Linear(dim, options.gate_low_rank);
   gk_up = nn::Linear(options.gate_low_rank, key / groups, /*bias=*/true);

@@ -331,7 +331,9 @@ TEST_P(CceFused, MainGradIsNotRounded) {
     c.run().loss.backward();
     composed(exact).loss.backward();
     EXPECT_FALSE(c.weight.grad().defined());
-    EXPECT_LE(rms_error(main_grad, exact.weight.grad()), one_rounding(exact.weight.grad()));
+    // What is left are the rounded entries of dloss/dlogits.
+    EXPECT_LE(rms_error(main_grad, exact.weight.grad()), 2 * one_rounding(exact.weight.grad()));
+    EXPECT_GT(rms_error(main_grad.to(at::kBFloat16), main_grad), 1e-3);
     EXPECT_LE(rms_error(c.hidden.grad(), exact.hidden.grad()),
               kSpread * one_rounding(exact.hidden.grad()));
   }
