@@ -108,7 +108,7 @@ DEFAULT_COLUMNS = {
     "flips": "count seconds failures".split(),
     "peers": "peer shape dtype pass ours_ms peer_ms ratio ours_peak_bytes peer_peak_bytes".split(),
 }
-IDENTITY = "t family name config variant peer shape dtype pass device state_gb fb_ms every target".split()
+IDENTITY = "t family name config variant restarted peer shape dtype pass device state_gb fb_ms every target".split()
 # Limits that a table of a kind ends with.
 RATES = {
     "copy_gb_s": "copy {:.0f} GB/s",
