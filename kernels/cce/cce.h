@@ -89,8 +89,8 @@ struct LinearCrossEntropyOptions {
   TORCH_ARG(at::Tensor, main_grad);
 
   // These change time, memory and rounding only.
-  // -1: 128 MiB on a CPU and for the fused path's backward, at most 2.5 GiB where its forward makes
-  // the gradients, else 512 MiB.
+  // -1: 128 MiB on a CPU, 128 to 512 MiB for the fused path's backward, at most 2.5 GiB where its
+  // forward makes the gradients, else 512 MiB.
   TORCH_ARG(int64_t, workspace_bytes) = -1;
   TORCH_ARG(Recompute, recompute) = Recompute::kAuto;
   TORCH_ARG(bool, deterministic) = true;

@@ -7,7 +7,10 @@ namespace ounce::fused {
 
 namespace {
 
-constexpr int64_t kWorkspaceBytes = int64_t{128} << 20;
+// What a slab costs once weighs more, the less there is to multiply.
+int64_t default_workspace_bytes(int64_t rows, int64_t dim) {
+  return std::clamp((2 * rows << 24) / dim, int64_t{128} << 20, int64_t{512} << 20);
+}
 
 // fp32 values as three bf16 ones whose products are exact: [..., 3] in a new last dimension.
 Tensor split(const Tensor& x) {
@@ -30,7 +33,8 @@ Tensor column_sum(const Tensor& slab) {
 // Entries a slab, so that its dloss/dlogits fit the workspace: of the counts near the largest, the
 // one whose tiles fill the GPU best.
 int64_t slab_entries(int64_t rows, int64_t vocab, int64_t dim, const LinearCrossEntropyOptions& o) {
-  const auto workspace = o.workspace_bytes() >= 0 ? o.workspace_bytes() : kWorkspaceBytes;
+  const auto workspace =
+      o.workspace_bytes() >= 0 ? o.workspace_bytes() : default_workspace_bytes(rows, dim);
   const auto most = std::max<int64_t>(1, workspace / (2 * rows) / cce::kTileColumns);
   return cce::best_slab(rows, vocab, dim, static_cast<int>(most), clusters(), cache_bytes());
 }
