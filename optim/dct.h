@@ -44,6 +44,7 @@ enum class Iteration {
   kPolarExpress,  // the best quintic of each step (Amsel et al. 2025, arXiv 2505.16932), to 1
   kGram,          // kQuintic on the products of the smaller side alone: the same result
 };
+std::string_view text(Iteration iteration);
 Iteration parse_iteration(std::string_view name);  // quintic | polar_express | gram
 
 // [n, n], a basis vector a row, made in fp64 and rounded to the dtype of `options`.

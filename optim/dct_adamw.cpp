@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include <ounce/optim/adam_options.h>
+#include <ounce/optim/composed_step.h>
 #include <ounce/optim/dct_adamw.h>
-#include <torch/torch.h>
 
 #include <algorithm>
-#include <cmath>
 
 namespace ounce::optim {
 
@@ -83,45 +82,10 @@ DctAdamWOptions from_options(const Options& options) {
   return to;
 }
 
-// [d_0, the rest]
-Tensor matrix(const Tensor& t) { return t.dim() == 2 ? t : t.flatten(1); }
-
-int64_t rank_of(int64_t n, const DctAdamWOptions& o) {
-  if (o.rank_fraction == 0) return o.rank;
-  return std::max<int64_t>(1, std::llround(o.rank_fraction * static_cast<double>(n)));
-}
-
-bool projects(const Tensor& parameter, const DctAdamWOptions& o) {
-  if (!o.project || parameter.dim() < 2 || parameter.numel() == 0) return false;
-  const auto rows = parameter.size(0), columns = parameter.numel() / rows;
-  const auto [small, large] = std::minmax(rows, columns);
-  return small >= (o.min_dim > 0 ? o.min_dim : 2 * rank_of(small, o)) && large <= o.max_dim;
-}
-
 }  // namespace
 
-// t, m, v and the rest of one parameter after a step, where `skip` is not set.
-struct DctAdamW::Step {
+struct DctAdamW::Step : ComposedStep {
   const DctAdamWOptions& o;
-  Tensor lr, grad_scale, skip;  // scalars on the device; the last two may be undefined
-
-  void assign(Tensor to, const Tensor& value) const {
-    to.copy_(skip.defined() ? at::where(skip, to, value) : value);
-  }
-
-  // The moments of this gradient (or its projection) -> the direction of the step.
-  Tensor adam(Slot& slot, Tensor m, Tensor v, const Tensor& a) const {
-    const auto t = slot.step + 1;
-    m = m * o.beta1 + a * (1 - o.beta1);
-    v = v * o.beta2 + a.square() * (1 - o.beta2);
-    const auto exact = t.to(a.scalar_type());
-    const auto first = 1 - at::pow(o.beta1, exact), second = 1 - at::pow(o.beta2, exact);
-    const auto direction = (m / first) / ((v / second).sqrt_() + o.eps);
-    assign(slot.exp_avg, m);
-    assign(slot.exp_avg_sq, v);
-    assign(slot.step, t);
-    return direction;
-  }
 
   // a: of the new columns. m, v of the old ones -> of the new.
   void follow(const Slot& slot, const Tensor& indices, const Tensor& a, Tensor& m,
@@ -140,7 +104,7 @@ struct DctAdamW::Step {
     auto g = slot.transposed ? gradient.t() : gradient;
     const auto n = g.size(1);
     if (slot.residual.defined()) {
-      g = g + (slot.transposed ? matrix(slot.residual).t() : matrix(slot.residual));
+      g = g + (slot.transposed ? as_matrix(slot.residual).t() : as_matrix(slot.residual));
     }
     auto indices = slot.indices;
     const bool chooses = slot.gradients++ % o.update_interval == 0;
@@ -154,13 +118,13 @@ struct DctAdamW::Step {
       const auto full = dct_backproject(low, indices, n, Side::kRight, o.basis);
       return slot.transposed ? full.t() : full;
     };
-    const auto low = adam(slot, m, v, a);
+    const auto low = adam(slot, m, v, a, o);
     if (chooses) assign(slot.indices, indices);
     auto direction = back(low);
     if (o.residual == Residual::kNone) return direction;
     const auto rest = (slot.transposed ? g.t() : g) - back(a);
     if (o.residual == Residual::kErrorFeedback) {
-      assign(matrix(slot.residual), rest);
+      assign(as_matrix(slot.residual), rest);
     } else if (o.residual == Residual::kSign) {
       direction = direction + rest.sign() * o.residual_scale;
     } else {
@@ -181,13 +145,11 @@ struct DctAdamW::Step {
   }
 
   void operator()(const Tensor& parameter, Slot& slot) const {
-    auto gradient = parameter.grad().to(parameter.scalar_type());
-    if (grad_scale.defined()) gradient = gradient * grad_scale;
+    const auto gradient = scaled(parameter.grad());
     const auto direction = slot.indices.defined()
-                               ? projected(slot, matrix(gradient)).reshape(parameter.sizes())
-                               : adam(slot, slot.exp_avg, slot.exp_avg_sq, gradient);
-    const auto p = parameter.detach();
-    assign(p, p * (1 - lr * o.weight_decay) - direction * lr);
+                               ? projected(slot, as_matrix(gradient)).reshape(parameter.sizes())
+                               : adam(slot, slot.exp_avg, slot.exp_avg_sq, gradient, o);
+    move(parameter.detach(), direction, o.weight_decay);
   }
 };
 
@@ -203,23 +165,15 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
       auto& slot = slots_[index_of(parameter)];
       const auto fresh = parameter.options().requires_grad(false);
       slot.step = at::zeros({}, fresh.dtype(at::kFloat));
-      if (!projects(parameter, o)) {
-        slot.exp_avg = at::zeros(parameter.sizes(), fresh);
-        slot.exp_avg_sq = at::zeros(parameter.sizes(), fresh);
-        continue;
-      }
-      const auto rows = parameter.size(0), columns = parameter.numel() / rows;
-      slot.transposed = o.side == Side::kAuto ? rows < columns : o.side == Side::kLeft;
-      const auto n = slot.transposed ? rows : columns, rank = rank_of(std::min(rows, columns), o);
-      OUNCE_CHECK(rank <= n, "[dct_adamw] '", name_of(parameter), "' ", parameter.sizes(),
-                  ": expected a rank of at most ", n, ", got ", rank,
-                  "; lower rank, raise min_dim, or set project = false in a group of its own");
-      OUNCE_CHECK(o.basis != Basis::kHadamard || (n & (n - 1)) == 0, "[dct_adamw] '",
-                  name_of(parameter), "' ", parameter.sizes(),
-                  ": expected a power of two for a hadamard basis, got ", n);
-      slot.exp_avg = at::zeros({rows + columns - n, rank}, fresh);
-      slot.exp_avg_sq = at::zeros_like(slot.exp_avg);
-      slot.indices = at::arange(rank, fresh.dtype(at::kInt));
+      const auto projection = projection_of("dct_adamw", name_of(parameter), parameter, o);
+      const auto moments = projection ? std::vector<int64_t>{projection->longer, projection->rank}
+                                      : parameter.sizes().vec();
+      slot.exp_avg = at::zeros(moments, fresh);
+      slot.exp_avg_sq = at::zeros(moments, fresh);
+      if (!projection) continue;
+      check_basis("dct_adamw", name_of(parameter), parameter, o.basis, projection->n);
+      slot.transposed = projection->transposed;
+      slot.indices = at::arange(projection->rank, fresh.dtype(at::kInt));
       if (o.residual == Residual::kErrorFeedback) {
         slot.residual = at::zeros(parameter.sizes(), fresh);
       }
@@ -233,23 +187,9 @@ void DctAdamW::update(const StepControl& control) {
   for (size_t g = 0; g < param_groups().size(); ++g) {
     const auto& options = static_cast<const GroupOptions&>(param_groups()[g].options());
     for (const auto& parameter : param_groups()[g].params()) {
-      const auto& gradient = parameter.grad();
-      if (!gradient.defined() || parameter.numel() == 0) continue;
       auto& slot = slots_[index_of(parameter)];
-      OUNCE_CHECK(gradient.layout() == at::kStrided && gradient.sizes() == parameter.sizes(),
-                  "[dct_adamw] '", name_of(parameter), "': expected a dense gradient of ",
-                  parameter.sizes(), ", got ", gradient.toString(), gradient.sizes());
-      OUNCE_CHECK(slot.exp_avg.device() == parameter.device(), "[dct_adamw] '", name_of(parameter),
-                  "' was on ", slot.exp_avg.device(), " when the optimizer was made and is on ",
-                  parameter.device(), "; move a model before making its optimizer");
-      const auto scalar = [&](const Tensor& t) {
-        return t.defined() ? t.to(parameter.device(), parameter.scalar_type()) : Tensor();
-      };
-      const auto lr = control.lr.defined()
-                          ? scalar(control.lr) * options.lr_scale
-                          : at::full({}, options.lr, parameter.options().requires_grad(false));
-      const auto skip = control.skip.defined() ? scalar(control.skip).ne(0) : Tensor();
-      Step{settings_[g], lr, scalar(control.grad_scale), skip}(parameter, slot);
+      if (!has_gradient("dct_adamw", name_of(parameter), parameter, slot.exp_avg)) continue;
+      Step{{control, options, parameter}, settings_[g]}(parameter, slot);
     }
   }
 }

@@ -176,6 +176,7 @@ Tensor polynomial(const Quintic& q, const Tensor& m) {
 
 std::string_view text(Basis basis) { return text_of(basis, kBases); }
 std::string_view text(Side side) { return text_of(side, kSides); }
+std::string_view text(Iteration iteration) { return text_of(iteration, kIterations); }
 Basis parse_basis(std::string_view name) { return parse("basis", name, kBases); }
 Side parse_side(std::string_view name) { return parse("side", name, kSides); }
 Iteration parse_iteration(std::string_view name) { return parse("kind", name, kIterations); }

@@ -22,6 +22,10 @@ TEST_F(Train, ResumeIsBitIdenticalToNeverHavingStopped) {
        "--set optimizer.name=dct_adamw --set optimizer.rank=8 --set optimizer.residual=ef "
        "--set optimizer.update_interval=3 ",
        10},
+      {"galore", "fp32", "1",
+       "--set optimizer.name=galore --set optimizer.rank=8 --set optimizer.update_interval=4 ", 10},
+      {"trion", "fp32", "1", "--set optimizer.name=trion --set optimizer.rank=8 ", 10},
+      {"muon", "fp32", "1", "--set optimizer.name=muon ", 10},
   };
   for (const auto& [name, compute, threads, more, half] : cases) {
     const ScopedVariable openmp("OMP_NUM_THREADS", threads);

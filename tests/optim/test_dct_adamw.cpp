@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 #include <ounce/core/registry.h>
 #include <ounce/optim/dct_adamw.h>
-#include <ounce/optim/optimizers.h>
 #include <torch/torch.h>
 
 #include <cmath>
@@ -11,6 +10,7 @@
 
 #include "support/devices.h"
 #include "support/expect_error.h"
+#include "support/registered_optimizers.h"
 #include "support/rms_error.h"
 
 namespace ounce::optim {
@@ -315,7 +315,7 @@ TEST(DctAdamWRefuses, ByName) {
 }
 
 TEST(DctAdamWRegistry, MakesItFromItsKeys) {
-  register_optimizers();
+  ounce::test::register_optimizers_once();
   const auto p = torch::randn({16, 8}).requires_grad_();
   const auto options = Options::parse(
       "name = \"dct_adamw\"\nrank = 3\nlr = 0.01\nbasis = \"hadamard\"\nside = \"right\"", "test");

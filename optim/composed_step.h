@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: MIT
+// What the optimizers that are composed of ATen share: one step of one parameter, all of it on the
+// device. Included by their .cpp files alone.
+#pragma once
+
+#include <ounce/core/check.h>
+#include <ounce/optim/dct.h>
+#include <ounce/optim/named_optimizer.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+
+namespace ounce::optim {
+
+// [d_0, the rest]
+inline at::Tensor as_matrix(const at::Tensor& t) { return t.dim() == 2 ? t : t.flatten(1); }
+
+// Of the smaller side; fraction 0 = rank.
+inline int64_t rank_of(int64_t smaller, int64_t rank, double fraction) {
+  if (fraction == 0) return rank;
+  return std::max<int64_t>(1, std::llround(fraction * static_cast<double>(smaller)));
+}
+
+// How a parameter is projected.
+struct Projection {
+  int64_t n, longer;  // of the side that is projected, and the other
+  int64_t rank;
+  bool transposed;  // the rows are projected
+};
+// By O: project, rank, rank_fraction, min_dim, max_dim, side. Nothing: it takes AdamW.
+template <class O>
+std::optional<Projection> projection_of(const char* optimizer, const std::string& name,
+                                        const at::Tensor& parameter, const O& o) {
+  if (!o.project || parameter.dim() < 2 || parameter.numel() == 0) return {};
+  const auto rows = parameter.size(0), columns = parameter.numel() / rows;
+  const auto [small, large] = std::minmax(rows, columns);
+  const auto rank = rank_of(small, o.rank, o.rank_fraction);
+  if (small < (o.min_dim > 0 ? o.min_dim : 2 * rank) || large > o.max_dim) return {};
+  const bool transposed = o.side == Side::kAuto ? rows < columns : o.side == Side::kLeft;
+  const auto n = transposed ? rows : columns;
+  OUNCE_CHECK(rank <= n, "[", optimizer, "] '", name, "' ", parameter.sizes(),
+              ": expected a rank of at most ", n, ", got ", rank,
+              "; lower rank, raise min_dim, or set project = false in a group of its own");
+  return Projection{n, rows + columns - n, rank, transposed};
+}
+
+struct ComposedStep {
+  at::Tensor lr, grad_scale, skip;  // scalars on the device; the last two may be undefined
+
+  ComposedStep(const StepControl& control, const NamedOptimizer::GroupOptions& group,
+               const at::Tensor& parameter) {
+    const auto scalar = [&](const at::Tensor& t) {
+      return t.defined() ? t.to(parameter.device(), parameter.scalar_type()) : at::Tensor();
+    };
+    lr = control.lr.defined() ? scalar(control.lr) * group.lr_scale
+                              : at::full({}, group.lr, parameter.options().requires_grad(false));
+    grad_scale = scalar(control.grad_scale);
+    if (control.skip.defined()) skip = scalar(control.skip).ne(0);
+  }
+
+  // Where `skip` is not set.
+  void assign(at::Tensor to, const at::Tensor& value) const {
+    to.copy_(skip.defined() ? at::where(skip, to, value) : value);
+  }
+
+  // Times grad_scale, in the parameter's dtype.
+  at::Tensor scaled(const at::Tensor& gradient) const {
+    const auto exact = gradient.to(lr.scalar_type());
+    return grad_scale.defined() ? exact * grad_scale : exact;
+  }
+
+  // The moments m and v of this gradient (or its projection) a -> the direction of the step; keeps
+  // what they become in `slot`. O: beta1, beta2, eps.
+  template <class Slot, class O>
+  at::Tensor adam(Slot& slot, at::Tensor m, at::Tensor v, const at::Tensor& a, const O& o) const {
+    const auto t = slot.step + 1;
+    m = m * o.beta1 + a * (1 - o.beta1);
+    v = v * o.beta2 + a.square() * (1 - o.beta2);
+    const auto exact = t.to(a.scalar_type());
+    const auto first = 1 - at::pow(o.beta1, exact), second = 1 - at::pow(o.beta2, exact);
+    const auto direction = (m / first) / ((v / second).sqrt_() + o.eps);
+    assign(slot.exp_avg, m);
+    assign(slot.exp_avg_sq, v);
+    assign(slot.step, t);
+    return direction;
+  }
+
+  // p = (1 - lr decay) p - lr direction
+  void move(at::Tensor p, const at::Tensor& direction, double decay) const {
+    assign(p, p * (1 - lr * decay) - direction * lr);
+  }
+};
+
+// At construction, so that no step finds it out.
+inline void check_basis(const char* optimizer, const std::string& name, const at::Tensor& parameter,
+                        Basis basis, int64_t n) {
+  OUNCE_CHECK(basis != Basis::kHadamard || (n & (n - 1)) == 0, "[", optimizer, "] '", name, "' ",
+              parameter.sizes(), ": expected a power of two for a hadamard basis, got ", n);
+}
+
+// Whether there is a gradient to step along; Fault::kUsage where it is none that can be.
+inline bool has_gradient(const char* optimizer, const std::string& name,
+                         const at::Tensor& parameter, const at::Tensor& state) {
+  const auto& gradient = parameter.grad();
+  if (!gradient.defined() || parameter.numel() == 0) return false;
+  OUNCE_CHECK(gradient.layout() == at::kStrided && gradient.sizes() == parameter.sizes(), "[",
+              optimizer, "] '", name, "': expected a dense gradient of ", parameter.sizes(),
+              ", got ", gradient.toString(), gradient.sizes());
+  OUNCE_CHECK(state.device() == parameter.device(), "[", optimizer, "] '", name, "' was on ",
+              state.device(), " when the optimizer was made and is on ", parameter.device(),
+              "; move a model before making its optimizer");
+  return true;
+}
+
+}  // namespace ounce::optim

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: MIT
+#include <ATen/CPUGeneratorImpl.h>
+#include <ounce/optim/adam_options.h>
+#include <ounce/optim/composed_step.h>
+#include <ounce/optim/galore.h>
+
+#include <algorithm>
+
+namespace ounce::optim {
+
+namespace {
+
+using at::Tensor;
+
+constexpr const char* kDefaults =
+    R"(lr = 0.01               # base learning rate; a schedule multiplies it
+beta1 = 0.9             # decay of the first moment
+beta2 = 0.999           # decay of the second moment
+eps = 1e-8              # added to the root of the second moment
+weight_decay = 0.0      # decoupled; norms, biases and embeddings take 0 unless a group says otherwise
+rank = 128              # columns kept of the smaller side
+rank_fraction = 0.0     # that share of it instead; 0 = rank
+update_interval = 200   # gradients between choices of the subspace
+scale = 0.25            # of the projected step
+subspace = "svd"        # svd | randomized: how the singular vectors are found
+side = "auto"           # auto | left | right: which side is projected
+project = true          # false: AdamW
+min_dim = 0             # matrices with a smaller side take AdamW; 0 = twice the rank
+max_dim = 32000         # so do those with a larger one
+group = []              # tables: match = "*norm*", and what differs: lr_scale or any key above
+)";
+
+const std::vector<std::string> kSubspaces = {"svd", "randomized"};
+constexpr int64_t kOversampling = 8;
+
+Options to_options(const GaLoreOptions& from) {
+  Options options;
+  options.set("lr", from.lr);
+  options.set("beta1", from.beta1);
+  options.set("beta2", from.beta2);
+  options.set("eps", from.eps);
+  options.set("weight_decay", from.weight_decay);
+  options.set("rank", from.rank);
+  options.set("rank_fraction", from.rank_fraction);
+  options.set("update_interval", from.update_interval);
+  options.set("scale", from.scale);
+  options.set("subspace", kSubspaces[static_cast<size_t>(from.subspace)]);
+  options.set("side", std::string(text(from.side)));
+  options.set("project", from.project);
+  options.set("min_dim", from.min_dim);
+  options.set("max_dim", from.max_dim);
+  return options;
+}
+
+// Of one group, whose lr is kept by the group itself; checks the ranges.
+GaLoreOptions from_options(const Options& options) {
+  GaLoreOptions to;
+  read_adam_options("galore", options, to);
+  to.rank = options.positive("rank");
+  to.rank_fraction = options.number_in("rank_fraction", 0, 1);
+  to.update_interval = options.positive("update_interval");
+  to.scale = options.number_in("scale", 0, 1e6);
+  to.subspace =
+      options.choice("subspace", kSubspaces) == "svd" ? Subspace::kSvd : Subspace::kRandomized;
+  to.side = parse_side(options.text("side"));
+  to.project = options.flag("project");
+  to.min_dim = options.non_negative("min_dim");
+  to.max_dim = options.positive("max_dim");
+  return to;
+}
+
+// The right singular vectors of the `rank` largest singular values of g [R, n], as columns. What is
+// not finite counts as 0: such a step is skipped, and a decomposition would not come back from it.
+Tensor leading_vectors(const Tensor& g, int64_t rank, Subspace subspace, int64_t seed) {
+  auto x = g.nan_to_num(0, 0, 0);
+  if (subspace == Subspace::kRandomized) {
+    // The same draw on every device.
+    const auto generator = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(seed));
+    const auto width = std::min({rank + kOversampling, x.size(0), x.size(1)});
+    const auto draw =
+        at::randn({x.size(1), width}, generator, at::TensorOptions(x.scalar_type())).to(x.device());
+    // One power step: what is sampled falls off as the cube of the singular values.
+    const auto sample = at::matmul(x, at::matmul(x.t(), at::matmul(x, draw)));
+    x = at::matmul(std::get<0>(at::linalg_qr(sample)).t(), x);
+  }
+  return std::get<2>(at::linalg_svd(x, /*full_matrices=*/x.size(0) < rank)).slice(0, 0, rank).t();
+}
+
+}  // namespace
+
+GaLore::GaLore(NamedParameters parameters, const GaLoreOptions& options)
+    : NamedOptimizer(std::move(parameters), to_options(options), options.groups) {
+  OUNCE_CHECK(options.lr >= 0, "[galore] expected lr >= 0, got ", options.lr);
+  refuse_16_bit("galore");
+  slots_.resize(this->parameters().size());
+  for (const auto& group : param_groups()) {
+    settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
+    for (const auto& parameter : group.params()) {
+      auto& slot = slots_[index_of(parameter)];
+      const auto fresh = parameter.options().requires_grad(false);
+      const auto projection =
+          projection_of("galore", name_of(parameter), parameter, settings_.back());
+      const auto moments = projection ? std::vector<int64_t>{projection->longer, projection->rank}
+                                      : parameter.sizes().vec();
+      slot.step = at::zeros({}, fresh.dtype(at::kFloat));
+      slot.exp_avg = at::zeros(moments, fresh);
+      slot.exp_avg_sq = at::zeros(moments, fresh);
+      if (!projection) continue;
+      slot.transposed = projection->transposed;
+      slot.basis = at::eye(projection->n, projection->rank, fresh);
+    }
+  }
+}
+
+void GaLore::update(const StepControl& control) {
+  const at::NoGradGuard no_grad;
+  for (size_t i = 0; i < param_groups().size(); ++i) {
+    const auto& o = settings_[i];
+    const auto& group = static_cast<const GroupOptions&>(param_groups()[i].options());
+    for (const auto& parameter : param_groups()[i].params()) {
+      auto& slot = slots_[index_of(parameter)];
+      if (!has_gradient("galore", name_of(parameter), parameter, slot.exp_avg)) continue;
+      const ComposedStep step(control, group, parameter);
+      auto g = step.scaled(parameter.grad());
+      if (!slot.basis.defined()) {
+        step.move(parameter.detach(), step.adam(slot, slot.exp_avg, slot.exp_avg_sq, g, o),
+                  o.weight_decay);
+        continue;
+      }
+      g = slot.transposed ? as_matrix(g).t() : as_matrix(g);
+      auto basis = slot.basis;
+      if (slot.gradients % o.update_interval == 0) {
+        basis = leading_vectors(g, basis.size(1), o.subspace, slot.gradients);
+        step.assign(slot.basis, basis);
+      }
+      ++slot.gradients;
+      const auto low =
+          step.adam(slot, slot.exp_avg, slot.exp_avg_sq, at::matmul(g, basis), o) * o.scale;
+      const auto direction = at::matmul(low, basis.t());
+      step.move(parameter.detach(),
+                (slot.transposed ? direction.t() : direction).reshape(parameter.sizes()),
+                o.weight_decay);
+    }
+  }
+}
+
+Tensor GaLore::basis_of(const Tensor& parameter) const { return slots_[index_of(parameter)].basis; }
+
+void GaLore::visit_state(StateVisitor& visitor) {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const auto scope = visitor.scope(parameters()[i].first);
+    auto& slot = slots_[i];
+    visitor.tensor("step", slot.step, StateClass::kStep);
+    visitor.tensor("exp_avg", slot.exp_avg, StateClass::kStep);
+    visitor.tensor("exp_avg_sq", slot.exp_avg_sq, StateClass::kStep);
+    if (!slot.basis.defined()) continue;
+    visitor.tensor("basis", slot.basis, StateClass::kStep);
+    visitor.integer("gradients", slot.gradients);
+  }
+  visit_groups(visitor);
+}
+
+int64_t GaLore::state_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& slot : slots_) {
+    bytes += bytes_of({&slot.step, &slot.exp_avg, &slot.exp_avg_sq, &slot.basis});
+  }
+  return bytes;
+}
+
+void register_galore() {
+  add_optimizer<GaLore>("galore", "AdamW in the leading singular vectors of each gradient",
+                        kDefaults, from_options);
+}
+
+}  // namespace ounce::optim

@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/optim/adam_options.h>
+#include <ounce/optim/composed_step.h>
+#include <ounce/optim/trion.h>
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+#include <tuple>
+
+namespace ounce::optim {
+
+namespace {
+
+using at::Tensor;
+
+constexpr const char* kMomentumDefaults =
+    R"(momentum = 0.95         # decay of the momentum
+weight_decay = 0.01     # decoupled; norms, biases and embeddings take 0 unless a group says otherwise
+iteration = "quintic"   # quintic | polar_express | gram: how the momentum is orthonormalised
+ns_steps = 5            # of it
+scale = "original"      # original | match_rms_adamw | spectral | none: of the step, by the matrix's shape
+split = []              # rows of the matrices fused in one, as [2048, 512, 512]; [64]: 64 rows each
+orthonormalize = true   # false: AdamW
+adamw_names = ["*embed*", "head.*", "*.head.*", "*lm_head*"]  # so do these names,
+max_dim = 32000         # matrices with a larger side, and vectors
+adamw_lr = 3e-4         # theirs; the schedule multiplies it too
+beta1 = 0.9
+beta2 = 0.95
+eps = 1e-8
+group = []              # tables: match = "*qkv*", and what differs: lr_scale or any key above
+)";
+const std::string kTrionDefaults =
+    std::string(R"(lr = 0.01               # base learning rate; a schedule multiplies it
+nesterov = false        # a step along g + momentum b; of full rank only
+rank = 256              # columns kept of the smaller side; 0 = all
+rank_fraction = 0.0     # that share of it instead; 0 = rank
+basis = "dct2"          # dct2 | dct3 | identity | hadamard | random
+norm = 2                # 1 | 2: by which columns are ranked
+side = "auto"           # auto | left | right: which side is projected
+)") +
+    kMomentumDefaults;
+const std::string kMuonDefaults =
+    std::string(R"(lr = 0.02               # base learning rate; a schedule multiplies it
+nesterov = true         # a step along g + momentum b
+)") +
+    kMomentumDefaults;
+
+const std::vector<std::string> kScales = {"original", "match_rms_adamw", "spectral", "none"};
+constexpr int64_t kBatch = int64_t{1} << 26;  // entries that are orthonormalised together
+
+// What both have.
+template <class O>
+Options write_options(const O& from) {
+  Options options;
+  options.set("lr", from.lr);
+  options.set("momentum", from.momentum);
+  options.set("nesterov", from.nesterov);
+  options.set("weight_decay", from.weight_decay);
+  options.set("iteration", std::string(text(from.iteration)));
+  options.set("ns_steps", from.ns_steps);
+  options.set("scale", kScales[static_cast<size_t>(from.scale)]);
+  options.set("split", Value::Array(from.split.begin(), from.split.end()));
+  options.set("orthonormalize", from.orthonormalize);
+  options.set("adamw_names", Value::Array(from.adamw_names.begin(), from.adamw_names.end()));
+  options.set("max_dim", from.max_dim);
+  options.set("adamw_lr", from.adamw_lr);
+  options.set("beta1", from.beta1);
+  options.set("beta2", from.beta2);
+  options.set("eps", from.eps);
+  return options;
+}
+
+template <class O>
+void read_options(const char* name, const Options& options, O& to) {
+  read_adam_options(name, options, to);
+  to.momentum = options.number_in("momentum", 0, 1);
+  OUNCE_CHECK(to.momentum < 1, "[", name, "] expected momentum below 1, got ", to.momentum);
+  to.nesterov = options.flag("nesterov");
+  to.iteration = parse_iteration(options.text("iteration"));
+  to.ns_steps = options.positive("ns_steps");
+  const auto& scale = options.choice("scale", kScales);
+  to.scale =
+      static_cast<StepScale>(std::find(kScales.begin(), kScales.end(), scale) - kScales.begin());
+  to.split.clear();
+  for (const auto& rows : options.find("split")->array()) {
+    to.split.push_back(rows.integer());
+    OUNCE_CHECK(to.split.back() > 0, "[", name,
+                "] expected positive numbers of rows in split, got ", to.split.back());
+  }
+  to.orthonormalize = options.flag("orthonormalize");
+  to.adamw_names = options.texts("adamw_names");
+  to.max_dim = options.positive("max_dim");
+  to.adamw_lr = options.number_in("adamw_lr", 0, 1e6);
+}
+
+// Of one group, without lr. Muon's have no rank.
+TrionOptions from_options(const char* name, const Options& options) {
+  TrionOptions to;
+  read_options(name, options, to);
+  if (!options.contains("rank")) {
+    to.rank = 0;
+    return to;
+  }
+  to.rank = options.non_negative("rank");
+  to.rank_fraction = options.number_in("rank_fraction", 0, 1);
+  to.basis = parse_basis(options.text("basis"));
+  to.norm = options.positive("norm");
+  OUNCE_CHECK(to.norm <= 2, "[", name, "] expected norm = 1 or 2, got ", to.norm);
+  to.side = parse_side(options.text("side"));
+  OUNCE_CHECK(!to.nesterov || (to.rank == 0 && to.rank_fraction == 0), "[", name,
+              "] nesterov is for full rank: expected rank = 0 with it, got rank = ", to.rank,
+              ", rank_fraction = ", to.rank_fraction);
+  return to;
+}
+
+Options to_options(const TrionOptions& from) {
+  auto options = write_options(from);
+  options.set("rank", from.rank);
+  options.set("rank_fraction", from.rank_fraction);
+  options.set("basis", std::string(text(from.basis)));
+  options.set("norm", from.norm);
+  options.set("side", std::string(text(from.side)));
+  return options;
+}
+
+int64_t rank_of(int64_t rows, int64_t columns, const TrionOptions& o) {
+  const auto smaller = std::min(rows, columns);
+  const auto rank = optim::rank_of(smaller, o.rank, o.rank_fraction);
+  return rank == 0 ? smaller : std::min(rank, smaller);
+}
+
+bool projects_columns(int64_t rows, int64_t columns, Side side) {
+  return side == Side::kAuto ? rows >= columns : side == Side::kRight;
+}
+
+double scale_of(int64_t rows, int64_t columns, StepScale scale) {
+  const auto r = static_cast<double>(rows), c = static_cast<double>(columns);
+  switch (scale) {
+    case StepScale::kOriginal:
+      return std::sqrt(std::max(1.0, r / c));
+    case StepScale::kMatchRmsAdamW:
+      return 0.2 * std::sqrt(std::max(r, c));
+    case StepScale::kSpectral:
+      return std::sqrt(r / c);
+    case StepScale::kNone:
+      return 1;
+  }
+  return 1;
+}
+
+bool takes_adamw(const std::string& name, const Tensor& parameter, const TrionOptions& o) {
+  if (!o.orthonormalize || parameter.dim() < 2 || parameter.numel() == 0) return true;
+  const auto rows = parameter.size(0);
+  return std::max(rows, parameter.numel() / rows) > o.max_dim ||
+         std::any_of(o.adamw_names.begin(), o.adamw_names.end(),
+                     [&](const auto& glob) { return glob_matches(glob, name); });
+}
+
+// Rows of the matrices in one parameter.
+std::vector<int64_t> split_of(int64_t rows, const std::vector<int64_t>& split) {
+  if (split.empty()) return {rows};
+  if (split.size() > 1 || rows % split[0] != 0) return split;
+  return std::vector<int64_t>(static_cast<size_t>(rows / split[0]), split[0]);
+}
+
+}  // namespace
+
+Trion::Trion(NamedParameters parameters, const TrionOptions& options)
+    : Trion("trion", std::move(parameters), to_options(options), options.lr, options.groups) {}
+
+Trion::Trion(const char* name, NamedParameters parameters, const Options& options, double lr,
+             const std::vector<GroupRule>& groups)
+    : NamedOptimizer(std::move(parameters), options, groups), name_(name), lr_(lr) {
+  OUNCE_CHECK(lr >= 0, "[", name, "] expected lr >= 0, got ", lr);
+  refuse_16_bit(name);
+  slots_.resize(this->parameters().size());
+  std::map<std::tuple<size_t, int64_t, int64_t, at::ScalarType, std::string>, Bucket> buckets;
+  for (size_t g = 0; g < param_groups().size(); ++g) {
+    const auto& group = param_groups()[g];
+    settings_.push_back(
+        from_options(name, static_cast<const GroupOptions&>(group.options()).values));
+    const auto& o = settings_.back();
+    for (const auto& parameter : group.params()) {
+      const auto index = index_of(parameter);
+      const auto& full_name = name_of(parameter);
+      auto& slot = slots_[index];
+      const auto fresh = parameter.options().requires_grad(false);
+      if (takes_adamw(full_name, parameter, o)) {
+        slot.step = at::zeros({}, fresh.dtype(at::kFloat));
+        slot.exp_avg = at::zeros(parameter.sizes(), fresh);
+        slot.exp_avg_sq = at::zeros(parameter.sizes(), fresh);
+        continue;
+      }
+      slot.momentum = at::zeros(parameter.sizes(), fresh);
+      const auto columns = parameter.numel() / parameter.size(0);
+      const auto split = split_of(parameter.size(0), o.split);
+      const auto total = std::accumulate(split.begin(), split.end(), int64_t{0});
+      OUNCE_CHECK(total == parameter.size(0), "[", name, "] '", full_name, "' ", parameter.sizes(),
+                  ": expected a split into ", parameter.size(0), " rows, got ",
+                  at::IntArrayRef(o.split),
+                  "; give split in a group that matches what it is meant for");
+      int64_t from = 0;
+      for (const auto rows : split) {
+        const auto n = projects_columns(rows, columns, o.side) ? columns : rows;
+        if (rank_of(rows, columns, o) < std::min(rows, columns)) {
+          check_basis(name, full_name, parameter, o.basis, n);
+        }
+        auto& bucket =
+            buckets[{g, rows, columns, parameter.scalar_type(), parameter.device().str()}];
+        bucket.group = g;
+        bucket.rows = rows;
+        bucket.columns = columns;
+        bucket.pieces.push_back({index, from});
+        from += rows;
+      }
+    }
+  }
+  for (auto& [key, bucket] : buckets) buckets_.push_back(std::move(bucket));
+}
+
+void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
+                             const StepControl& control) {
+  const auto& o = settings_[bucket.group];
+  const auto& group = static_cast<const GroupOptions&>(param_groups()[bucket.group].options());
+  const auto rows = bucket.rows, columns = bucket.columns, rank = rank_of(rows, columns, o);
+  const bool full = rank == std::min(rows, columns),
+             right = projects_columns(rows, columns, o.side);
+  const auto side = right ? Side::kRight : Side::kLeft;
+  const auto n = right ? columns : rows;
+  const auto back = [&](const Tensor& low, const Tensor& indices) {
+    return full ? low : dct_backproject(low, indices, n, side, o.basis);
+  };
+
+  struct Moving {
+    Tensor parameter, indices;
+    ComposedStep step;
+  };
+  std::vector<Moving> moving;
+  std::vector<Tensor> directions;
+  for (size_t i = from; i < to; ++i) {
+    const auto& piece = bucket.pieces[i];
+    const auto& [name, parameter] = parameters()[piece.parameter];
+    auto& slot = slots_[piece.parameter];
+    if (!has_gradient(name_, name, parameter, slot.momentum)) continue;
+    const auto piece_of = [&](const Tensor& t) { return t.narrow(0, piece.from, rows); };
+    const ComposedStep step(control, group, parameter);
+    const auto m = as_matrix(piece_of(slot.momentum));
+    const auto g = as_matrix(step.scaled(piece_of(parameter.grad())));
+    const auto b = m + g;
+    Tensor indices;
+    if (full) {
+      const auto kept = b * o.momentum;
+      step.assign(m, kept);
+      directions.push_back(o.nesterov ? g + kept : b);
+    } else {
+      indices = std::get<0>(dct_select(b, rank, side, o.norm, o.basis));
+      directions.push_back(dct_project(b, indices, side, o.basis));
+      step.assign(m, b - back(directions.back(), indices) * (1 - o.momentum));
+    }
+    moving.push_back({piece_of(parameter.detach()), indices, step});
+  }
+  if (moving.empty()) return;
+  const auto orthonormal = newton_schulz(at::stack(directions), o.ns_steps, o.iteration);
+  const auto scale = scale_of(rows, columns, o.scale);
+  for (size_t i = 0; i < moving.size(); ++i) {
+    const auto& [parameter, indices, step] = moving[i];
+    const auto direction = back(orthonormal[static_cast<int64_t>(i)], indices) * scale;
+    step.move(parameter, direction.reshape(parameter.sizes()), o.weight_decay);
+  }
+}
+
+void Trion::adamw_step(size_t g, const Tensor& parameter, const StepControl& control) {
+  auto& slot = slots_[index_of(parameter)];
+  const auto& o = settings_[g];
+  if (!slot.exp_avg.defined() ||
+      !has_gradient(name_, name_of(parameter), parameter, slot.exp_avg)) {
+    return;
+  }
+  ComposedStep step(control, static_cast<const GroupOptions&>(param_groups()[g].options()),
+                    parameter);
+  step.lr = lr_ > 0 ? step.lr * (o.adamw_lr / lr_) : step.lr;
+  const auto direction =
+      step.adam(slot, slot.exp_avg, slot.exp_avg_sq, step.scaled(parameter.grad()), o);
+  step.move(parameter.detach(), direction, o.weight_decay);
+}
+
+void Trion::update(const StepControl& control) {
+  const at::NoGradGuard no_grad;
+  for (const auto& bucket : buckets_) {
+    const auto together =
+        static_cast<size_t>(std::max<int64_t>(1, kBatch / (bucket.rows * bucket.columns)));
+    for (size_t from = 0; from < bucket.pieces.size(); from += together) {
+      orthonormal_step(bucket, from, std::min(from + together, bucket.pieces.size()), control);
+    }
+  }
+  for (size_t g = 0; g < param_groups().size(); ++g) {
+    for (const auto& parameter : param_groups()[g].params()) adamw_step(g, parameter, control);
+  }
+}
+
+bool Trion::orthonormalizes(const Tensor& parameter) const {
+  return slots_[index_of(parameter)].momentum.defined();
+}
+
+void Trion::visit_state(StateVisitor& visitor) {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const auto scope = visitor.scope(parameters()[i].first);
+    auto& slot = slots_[i];
+    if (slot.momentum.defined()) {
+      visitor.tensor("momentum", slot.momentum, StateClass::kStep);
+    } else {
+      visitor.tensor("step", slot.step, StateClass::kStep);
+      visitor.tensor("exp_avg", slot.exp_avg, StateClass::kStep);
+      visitor.tensor("exp_avg_sq", slot.exp_avg_sq, StateClass::kStep);
+    }
+  }
+  visit_groups(visitor);
+}
+
+int64_t Trion::state_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& slot : slots_) {
+    bytes += bytes_of({&slot.momentum, &slot.step, &slot.exp_avg, &slot.exp_avg_sq});
+  }
+  return bytes;
+}
+
+Muon::Muon(NamedParameters parameters, const MuonOptions& options)
+    : Trion("muon", std::move(parameters), write_options(options), options.lr, options.groups) {}
+
+void register_trion() {
+  add_optimizer<Trion>("trion", "momentum, orthonormalised in the DCT columns that hold most of it",
+                       kTrionDefaults.c_str(),
+                       [](const Options& o) { return from_options("trion", o); });
+  add_optimizer<Muon>("muon", "momentum, orthonormalised", kMuonDefaults.c_str(),
+                      [](const Options& options) {
+                        MuonOptions to;
+                        read_options("muon", options, to);
+                        return to;
+                      });
+}
+
+}  // namespace ounce::optim
