@@ -6,6 +6,7 @@
 #include <ounce/core/check.h>
 #include <ounce/optim/dct.h>
 #include <ounce/optim/named_optimizer.h>
+#include <ounce/optim/stochastic_rounding.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -22,6 +23,28 @@ inline at::Tensor as_matrix(const at::Tensor& t) { return t.dim() == 2 ? t : t.f
 inline int64_t rank_of(int64_t smaller, int64_t rank, double fraction) {
   if (fraction == 0) return rank;
   return std::max<int64_t>(1, std::llround(fraction * static_cast<double>(smaller)));
+}
+
+// In which a parameter's state is kept and its step computed. fp16 has no room for weights that no
+// loss scale protects.
+inline at::ScalarType state_type(const char* optimizer, const std::string& name,
+                                 const at::Tensor& parameter) {
+  const auto type = parameter.scalar_type();
+  OUNCE_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16, "[", optimizer,
+              "] '", name, "' is ", type, ": expected fp32, fp64 or bf16 parameters");
+  return type == at::kBFloat16 ? at::kFloat : type;
+}
+
+// Keys of what rounds bf16 parameters. O: stochastic_rounding, seed.
+template <class O>
+void write_rounding_options(const O& from, Options& options) {
+  options.set("stochastic_rounding", from.stochastic_rounding);
+  options.set("seed", from.seed);
+}
+template <class O>
+void read_rounding_options(const Options& options, O& to) {
+  to.stochastic_rounding = options.flag("stochastic_rounding");
+  to.seed = options.integer("seed");
 }
 
 // How a parameter is projected.
@@ -51,12 +74,13 @@ struct ComposedStep {
   at::Tensor lr, grad_scale, skip;  // scalars on the device; the last two may be undefined
 
   ComposedStep(const StepControl& control, const NamedOptimizer::GroupOptions& group,
-               const at::Tensor& parameter) {
+               const at::Tensor& parameter, at::ScalarType type) {
     const auto scalar = [&](const at::Tensor& t) {
-      return t.defined() ? t.to(parameter.device(), parameter.scalar_type()) : at::Tensor();
+      return t.defined() ? t.to(parameter.device(), type) : at::Tensor();
     };
-    lr = control.lr.defined() ? scalar(control.lr) * group.lr_scale
-                              : at::full({}, group.lr, parameter.options().requires_grad(false));
+    lr = control.lr.defined()
+             ? scalar(control.lr) * group.lr_scale
+             : at::full({}, group.lr, parameter.options().dtype(type).requires_grad(false));
     grad_scale = scalar(control.grad_scale);
     if (control.skip.defined()) skip = scalar(control.skip).ne(0);
   }
@@ -66,7 +90,7 @@ struct ComposedStep {
     to.copy_(skip.defined() ? at::where(skip, to, value) : value);
   }
 
-  // Times grad_scale, in the parameter's dtype.
+  // Times grad_scale, in the state's dtype.
   at::Tensor scaled(const at::Tensor& gradient) const {
     const auto exact = gradient.to(lr.scalar_type());
     return grad_scale.defined() ? exact * grad_scale : exact;
@@ -88,9 +112,18 @@ struct ComposedStep {
     return direction;
   }
 
-  // p = (1 - lr decay) p - lr direction
-  void move(at::Tensor p, const at::Tensor& direction, double decay) const {
-    assign(p, p * (1 - lr * decay) - direction * lr);
+  // p = (1 - lr weight_decay) p - lr direction; `step` has been counted, `stream` differs between
+  // tensors. O: weight_decay, stochastic_rounding, seed.
+  template <class O>
+  void move(at::Tensor p, const at::Tensor& direction, const O& o, const at::Tensor& step,
+            size_t stream) const {
+    auto moved = p.to(lr.scalar_type()) * (1 - lr * o.weight_decay) - direction * lr;
+    if (p.scalar_type() == at::kBFloat16) {
+      const auto seed = (static_cast<uint64_t>(o.seed) << 32) ^ stream;
+      moved =
+          o.stochastic_rounding ? round_stochastically(moved, step, seed) : moved.to(at::kBFloat16);
+    }
+    assign(p, moved);
   }
 };
 

@@ -30,6 +30,8 @@ estimate_fresh_columns = true  # a new column's second moment begins with its me
 project = true          # false: AdamW
 min_dim = 0             # matrices with a smaller side take AdamW; 0 = twice the rank
 max_dim = 32000         # so do those with a larger one
+stochastic_rounding = true  # of bf16 parameters; false: to nearest
+seed = 0                # of that
 group = []              # tables: match = "*norm*", and what differs: lr_scale or any key above
 )";
 
@@ -56,6 +58,7 @@ Options to_options(const DctAdamWOptions& from) {
   options.set("project", from.project);
   options.set("min_dim", from.min_dim);
   options.set("max_dim", from.max_dim);
+  write_rounding_options(from, options);
   return options;
 }
 
@@ -78,6 +81,7 @@ DctAdamWOptions from_options(const Options& options) {
   to.project = options.flag("project");
   to.min_dim = options.non_negative("min_dim");
   to.max_dim = options.positive("max_dim");
+  read_rounding_options(options, to);
   OUNCE_CHECK(to.norm <= 2, "[dct_adamw] expected norm = 1 or 2, got ", to.norm);
   return to;
 }
@@ -144,26 +148,26 @@ struct DctAdamW::Step : ComposedStep {
     return step;
   }
 
-  void operator()(const Tensor& parameter, Slot& slot) const {
+  void operator()(const Tensor& parameter, Slot& slot, size_t index) const {
     const auto gradient = scaled(parameter.grad());
     const auto direction = slot.indices.defined()
                                ? projected(slot, as_matrix(gradient)).reshape(parameter.sizes())
                                : adam(slot, slot.exp_avg, slot.exp_avg_sq, gradient, o);
-    move(parameter.detach(), direction, o.weight_decay);
+    move(parameter.detach(), direction, o, slot.step, index);
   }
 };
 
 DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
     : NamedOptimizer(std::move(parameters), to_options(options), options.groups) {
   OUNCE_CHECK(options.lr >= 0, "[dct_adamw] expected lr >= 0, got ", options.lr);
-  refuse_16_bit("dct_adamw");
   slots_.resize(this->parameters().size());
   for (const auto& group : param_groups()) {
     settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
     const auto& o = settings_.back();
     for (const auto& parameter : group.params()) {
       auto& slot = slots_[index_of(parameter)];
-      const auto fresh = parameter.options().requires_grad(false);
+      const auto fresh = parameter.options().requires_grad(false).dtype(
+          state_type("dct_adamw", name_of(parameter), parameter));
       slot.step = at::zeros({}, fresh.dtype(at::kFloat));
       const auto projection = projection_of("dct_adamw", name_of(parameter), parameter, o);
       const auto moments = projection ? std::vector<int64_t>{projection->longer, projection->rank}
@@ -187,9 +191,11 @@ void DctAdamW::update(const StepControl& control) {
   for (size_t g = 0; g < param_groups().size(); ++g) {
     const auto& options = static_cast<const GroupOptions&>(param_groups()[g].options());
     for (const auto& parameter : param_groups()[g].params()) {
-      auto& slot = slots_[index_of(parameter)];
+      const auto index = index_of(parameter);
+      auto& slot = slots_[index];
       if (!has_gradient("dct_adamw", name_of(parameter), parameter, slot.exp_avg)) continue;
-      Step{{control, options, parameter}, settings_[g]}(parameter, slot);
+      Step{{control, options, parameter, slot.exp_avg.scalar_type()}, settings_[g]}(parameter, slot,
+                                                                                    index);
     }
   }
 }

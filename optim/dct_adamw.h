@@ -43,9 +43,11 @@ struct DctAdamWOptions {
   // if it had been there with that; without, with 0, and its first update is several times too
   // large.
   bool estimate_fresh_columns = true;
-  bool project = true;      // false: AdamW
-  int64_t min_dim = 0;      // matrices with a smaller side take AdamW; 0 = twice the rank
-  int64_t max_dim = 32000;  // so do those with a larger one: embeddings and heads
+  bool project = true;              // false: AdamW
+  int64_t min_dim = 0;              // matrices with a smaller side take AdamW; 0 = twice the rank
+  int64_t max_dim = 32000;          // so do those with a larger one: embeddings and heads
+  bool stochastic_rounding = true;  // of bf16 parameters; false: to nearest
+  int64_t seed = 0;                 // of that
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
 
@@ -58,9 +60,9 @@ struct DctAdamWOptions {
 // Parameters of more than two dimensions are matrices [d_0, the rest]. What is not projected takes
 // the same without Q: AdamW. State per projected parameter: exp_avg, exp_avg_sq [long side, rank],
 // indices [rank] int32, step, with kErrorFeedback residual, with kFira residual_norm, in the
-// parameter's dtype (fp32 or fp64; 16-bit parameters are refused by name), all from construction
-// on. No host synchronisation, so a choice of columns that falls on a skipped step waits for the
-// next one. This is the composed path, on any device.
+// parameter's dtype, of bf16 parameters in fp32, all from construction on. No host synchronisation,
+// so a choice of columns that falls on a skipped step waits for the next one. This is the composed
+// path, on any device.
 class DctAdamW : public NamedOptimizer {
  public:
   explicit DctAdamW(NamedParameters parameters, const DctAdamWOptions& options = {});

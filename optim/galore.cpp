@@ -27,6 +27,8 @@ side = "auto"           # auto | left | right: which side is projected
 project = true          # false: AdamW
 min_dim = 0             # matrices with a smaller side take AdamW; 0 = twice the rank
 max_dim = 32000         # so do those with a larger one
+stochastic_rounding = true  # of bf16 parameters; false: to nearest
+seed = 0                # of that
 group = []              # tables: match = "*norm*", and what differs: lr_scale or any key above
 )";
 
@@ -49,6 +51,7 @@ Options to_options(const GaLoreOptions& from) {
   options.set("project", from.project);
   options.set("min_dim", from.min_dim);
   options.set("max_dim", from.max_dim);
+  write_rounding_options(from, options);
   return options;
 }
 
@@ -66,6 +69,7 @@ GaLoreOptions from_options(const Options& options) {
   to.project = options.flag("project");
   to.min_dim = options.non_negative("min_dim");
   to.max_dim = options.positive("max_dim");
+  read_rounding_options(options, to);
   return to;
 }
 
@@ -91,13 +95,13 @@ Tensor leading_vectors(const Tensor& g, int64_t rank, Subspace subspace, int64_t
 GaLore::GaLore(NamedParameters parameters, const GaLoreOptions& options)
     : NamedOptimizer(std::move(parameters), to_options(options), options.groups) {
   OUNCE_CHECK(options.lr >= 0, "[galore] expected lr >= 0, got ", options.lr);
-  refuse_16_bit("galore");
   slots_.resize(this->parameters().size());
   for (const auto& group : param_groups()) {
     settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
     for (const auto& parameter : group.params()) {
       auto& slot = slots_[index_of(parameter)];
-      const auto fresh = parameter.options().requires_grad(false);
+      const auto fresh = parameter.options().requires_grad(false).dtype(
+          state_type("galore", name_of(parameter), parameter));
       const auto projection =
           projection_of("galore", name_of(parameter), parameter, settings_.back());
       const auto moments = projection ? std::vector<int64_t>{projection->longer, projection->rank}
@@ -118,13 +122,14 @@ void GaLore::update(const StepControl& control) {
     const auto& o = settings_[i];
     const auto& group = static_cast<const GroupOptions&>(param_groups()[i].options());
     for (const auto& parameter : param_groups()[i].params()) {
-      auto& slot = slots_[index_of(parameter)];
+      const auto index = index_of(parameter);
+      auto& slot = slots_[index];
       if (!has_gradient("galore", name_of(parameter), parameter, slot.exp_avg)) continue;
-      const ComposedStep step(control, group, parameter);
+      const ComposedStep step(control, group, parameter, slot.exp_avg.scalar_type());
       auto g = step.scaled(parameter.grad());
       if (!slot.basis.defined()) {
-        step.move(parameter.detach(), step.adam(slot, slot.exp_avg, slot.exp_avg_sq, g, o),
-                  o.weight_decay);
+        const auto direction = step.adam(slot, slot.exp_avg, slot.exp_avg_sq, g, o);
+        step.move(parameter.detach(), direction, o, slot.step, index);
         continue;
       }
       g = slot.transposed ? as_matrix(g).t() : as_matrix(g);
@@ -138,8 +143,8 @@ void GaLore::update(const StepControl& control) {
           step.adam(slot, slot.exp_avg, slot.exp_avg_sq, at::matmul(g, basis), o) * o.scale;
       const auto direction = at::matmul(low, basis.t());
       step.move(parameter.detach(),
-                (slot.transposed ? direction.t() : direction).reshape(parameter.sizes()),
-                o.weight_decay);
+                (slot.transposed ? direction.t() : direction).reshape(parameter.sizes()), o,
+                slot.step, index);
     }
   }
 }

@@ -28,18 +28,20 @@ struct GaLoreOptions {
   int64_t update_interval = 200;  // gradients between choices of the subspace
   double scale = 0.25;            // >= 0, of the projected step
   Subspace subspace = Subspace::kSvd;
-  Side side = Side::kAuto;  // which side is projected; auto: the smaller
-  bool project = true;      // false: AdamW
-  int64_t min_dim = 0;      // matrices with a smaller side take AdamW; 0 = twice the rank
-  int64_t max_dim = 32000;  // so do those with a larger one: embeddings and heads
+  Side side = Side::kAuto;          // which side is projected; auto: the smaller
+  bool project = true;              // false: AdamW
+  int64_t min_dim = 0;              // matrices with a smaller side take AdamW; 0 = twice the rank
+  int64_t max_dim = 32000;          // so do those with a larger one: embeddings and heads
+  bool stochastic_rounding = true;  // of bf16 parameters; false: to nearest
+  int64_t seed = 0;                 // of that
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
 
 // As DctAdamW (p, g, a and u are of its text), with Q [n, rank] of the singular vectors:
 //   p = (1 - lr weight_decay) p - lr scale u Q^T
 // Moments stay in their columns when Q changes, as published. State per projected parameter:
-// exp_avg, exp_avg_sq [long side, rank], basis [n, rank], step, in the parameter's dtype (fp32 or
-// fp64; 16-bit parameters are refused by name), all from construction on.
+// exp_avg, exp_avg_sq [long side, rank], basis [n, rank], step, in the parameter's dtype, of bf16
+// parameters in fp32, all from construction on.
 class GaLore : public NamedOptimizer {
  public:
   explicit GaLore(NamedParameters parameters, const GaLoreOptions& options = {});

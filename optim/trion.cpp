@@ -28,6 +28,8 @@ adamw_lr = 3e-4         # theirs; the schedule multiplies it too
 beta1 = 0.9
 beta2 = 0.95
 eps = 1e-8
+stochastic_rounding = true  # of bf16 parameters; false: to nearest
+seed = 0                # of that
 group = []              # tables: match = "*qkv*", and what differs: lr_scale or any key above
 )";
 const std::string kTrionDefaults =
@@ -68,6 +70,7 @@ Options write_options(const O& from) {
   options.set("beta1", from.beta1);
   options.set("beta2", from.beta2);
   options.set("eps", from.eps);
+  write_rounding_options(from, options);
   return options;
 }
 
@@ -92,6 +95,7 @@ void read_options(const char* name, const Options& options, O& to) {
   to.adamw_names = options.texts("adamw_names");
   to.max_dim = options.positive("max_dim");
   to.adamw_lr = options.number_in("adamw_lr", 0, 1e6);
+  read_rounding_options(options, to);
 }
 
 // Of one group, without lr. Muon's have no rank.
@@ -173,7 +177,6 @@ Trion::Trion(const char* name, NamedParameters parameters, const Options& option
              const std::vector<GroupRule>& groups)
     : NamedOptimizer(std::move(parameters), options, groups), name_(name), lr_(lr) {
   OUNCE_CHECK(lr >= 0, "[", name, "] expected lr >= 0, got ", lr);
-  refuse_16_bit(name);
   slots_.resize(this->parameters().size());
   std::map<std::tuple<size_t, int64_t, int64_t, at::ScalarType, std::string>, Bucket> buckets;
   for (size_t g = 0; g < param_groups().size(); ++g) {
@@ -185,9 +188,10 @@ Trion::Trion(const char* name, NamedParameters parameters, const Options& option
       const auto index = index_of(parameter);
       const auto& full_name = name_of(parameter);
       auto& slot = slots_[index];
-      const auto fresh = parameter.options().requires_grad(false);
+      const auto fresh =
+          parameter.options().requires_grad(false).dtype(state_type(name, full_name, parameter));
+      slot.step = at::zeros({}, fresh.dtype(at::kFloat));
       if (takes_adamw(full_name, parameter, o)) {
-        slot.step = at::zeros({}, fresh.dtype(at::kFloat));
         slot.exp_avg = at::zeros(parameter.sizes(), fresh);
         slot.exp_avg_sq = at::zeros(parameter.sizes(), fresh);
         continue;
@@ -233,7 +237,8 @@ void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
   };
 
   struct Moving {
-    Tensor parameter, indices;
+    Tensor parameter, indices, count;
+    size_t stream;
     ComposedStep step;
   };
   std::vector<Moving> moving;
@@ -242,9 +247,9 @@ void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
     const auto& piece = bucket.pieces[i];
     const auto& [name, parameter] = parameters()[piece.parameter];
     auto& slot = slots_[piece.parameter];
-    if (!has_gradient(name_, name, parameter, slot.momentum)) continue;
+    if (!has_gradient(name_, name, parameter, slot.step)) continue;
     const auto piece_of = [&](const Tensor& t) { return t.narrow(0, piece.from, rows); };
-    const ComposedStep step(control, group, parameter);
+    const ComposedStep step(control, group, parameter, slot.momentum.scalar_type());
     const auto m = as_matrix(piece_of(slot.momentum));
     const auto g = as_matrix(step.scaled(piece_of(parameter.grad())));
     const auto b = m + g;
@@ -258,44 +263,47 @@ void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
       directions.push_back(dct_project(b, indices, side, o.basis));
       step.assign(m, b - back(directions.back(), indices) * (1 - o.momentum));
     }
-    moving.push_back({piece_of(parameter.detach()), indices, step});
+    // A split has its pieces' rows apart: no two tensors share a stream.
+    const auto stream = piece.parameter ^ (static_cast<size_t>(piece.from) << 16);
+    moving.push_back({piece_of(parameter.detach()), indices, slot.step, stream, step});
   }
   if (moving.empty()) return;
   const auto orthonormal = newton_schulz(at::stack(directions), o.ns_steps, o.iteration);
   const auto scale = scale_of(rows, columns, o.scale);
   for (size_t i = 0; i < moving.size(); ++i) {
-    const auto& [parameter, indices, step] = moving[i];
+    const auto& [parameter, indices, count, stream, step] = moving[i];
     const auto direction = back(orthonormal[static_cast<int64_t>(i)], indices) * scale;
-    step.move(parameter, direction.reshape(parameter.sizes()), o.weight_decay);
+    step.move(parameter, direction.reshape(parameter.sizes()), o, count, stream);
   }
-}
-
-void Trion::adamw_step(size_t g, const Tensor& parameter, const StepControl& control) {
-  auto& slot = slots_[index_of(parameter)];
-  const auto& o = settings_[g];
-  if (!slot.exp_avg.defined() ||
-      !has_gradient(name_, name_of(parameter), parameter, slot.exp_avg)) {
-    return;
-  }
-  ComposedStep step(control, static_cast<const GroupOptions&>(param_groups()[g].options()),
-                    parameter);
-  step.lr = lr_ > 0 ? step.lr * (o.adamw_lr / lr_) : step.lr;
-  const auto direction =
-      step.adam(slot, slot.exp_avg, slot.exp_avg_sq, step.scaled(parameter.grad()), o);
-  step.move(parameter.detach(), direction, o.weight_decay);
 }
 
 void Trion::update(const StepControl& control) {
   const at::NoGradGuard no_grad;
+  for (size_t g = 0; g < param_groups().size(); ++g) {
+    const auto& o = settings_[g];
+    const auto& group = static_cast<const GroupOptions&>(param_groups()[g].options());
+    for (const auto& parameter : param_groups()[g].params()) {
+      const auto index = index_of(parameter);
+      auto& slot = slots_[index];
+      if (!has_gradient(name_, name_of(parameter), parameter, slot.step)) continue;
+      const auto& state = slot.momentum.defined() ? slot.momentum : slot.exp_avg;
+      ComposedStep step(control, group, parameter, state.scalar_type());
+      if (slot.momentum.defined()) {
+        step.assign(slot.step, slot.step + 1);
+        continue;
+      }
+      if (lr_ > 0) step.lr = step.lr * (o.adamw_lr / lr_);
+      const auto direction =
+          step.adam(slot, slot.exp_avg, slot.exp_avg_sq, step.scaled(parameter.grad()), o);
+      step.move(parameter.detach(), direction, o, slot.step, index);
+    }
+  }
   for (const auto& bucket : buckets_) {
     const auto together =
         static_cast<size_t>(std::max<int64_t>(1, kBatch / (bucket.rows * bucket.columns)));
     for (size_t from = 0; from < bucket.pieces.size(); from += together) {
       orthonormal_step(bucket, from, std::min(from + together, bucket.pieces.size()), control);
     }
-  }
-  for (size_t g = 0; g < param_groups().size(); ++g) {
-    for (const auto& parameter : param_groups()[g].params()) adamw_step(g, parameter, control);
   }
 }
 
@@ -307,10 +315,10 @@ void Trion::visit_state(StateVisitor& visitor) {
   for (size_t i = 0; i < slots_.size(); ++i) {
     const auto scope = visitor.scope(parameters()[i].first);
     auto& slot = slots_[i];
+    visitor.tensor("step", slot.step, StateClass::kStep);
     if (slot.momentum.defined()) {
       visitor.tensor("momentum", slot.momentum, StateClass::kStep);
     } else {
-      visitor.tensor("step", slot.step, StateClass::kStep);
       visitor.tensor("exp_avg", slot.exp_avg, StateClass::kStep);
       visitor.tensor("exp_avg_sq", slot.exp_avg_sq, StateClass::kStep);
     }

@@ -45,9 +45,11 @@ struct TrionOptions {
   std::vector<std::string> adamw_names = {"*embed*", "head.*", "*.head.*", "*lm_head*"};  // globs
   int64_t max_dim = 32000;
   double adamw_lr = 3e-4;
-  double beta1 = 0.9;   // in [0, 1)
-  double beta2 = 0.95;  // in [0, 1)
-  double eps = 1e-8;    // > 0
+  double beta1 = 0.9;               // in [0, 1)
+  double beta2 = 0.95;              // in [0, 1)
+  double eps = 1e-8;                // > 0
+  bool stochastic_rounding = true;  // of bf16 parameters; false: to nearest
+  int64_t seed = 0;                 // of that
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
 
@@ -58,8 +60,8 @@ struct TrionOptions {
 //   p = (1 - lr weight_decay) p - lr s newton_schulz(b') Q^T
 // and of full rank, where Q makes no difference:
 //   b = m + g;  m = momentum b;  b' = b, with nesterov g + momentum b
-// State per such parameter: momentum, as large as it and in its dtype (fp32 or fp64; 16-bit
-// parameters are refused by name); of the others AdamW's. All of it exists from construction on.
+// State per such parameter: momentum, as large as it; of the others AdamW's; in the parameter's
+// dtype, of bf16 parameters in fp32, all of it from construction on.
 // Matrices of equal shape are orthonormalised together. No host synchronisation. This is the
 // composed path, on any device.
 class Trion : public NamedOptimizer {
@@ -83,8 +85,9 @@ class Trion : public NamedOptimizer {
 
  private:
   struct Slot {
-    at::Tensor momentum;                   // undefined where AdamW steps,
-    at::Tensor step, exp_avg, exp_avg_sq;  // which has these
+    at::Tensor step;
+    at::Tensor momentum;             // undefined where AdamW steps,
+    at::Tensor exp_avg, exp_avg_sq;  // which has these
   };
   // Matrices of equal shape and settings.
   struct Bucket {
@@ -98,7 +101,6 @@ class Trion : public NamedOptimizer {
   };
   // Bucket::pieces[from] up to `to`
   void orthonormal_step(const Bucket& bucket, size_t from, size_t to, const StepControl& control);
-  void adamw_step(size_t group, const at::Tensor& parameter, const StepControl& control);
 
   const char* name_;
   double lr_;                           // of no group
@@ -124,6 +126,8 @@ struct MuonOptions {
   double beta1 = 0.9;
   double beta2 = 0.95;
   double eps = 1e-8;
+  bool stochastic_rounding = true;
+  int64_t seed = 0;
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
 

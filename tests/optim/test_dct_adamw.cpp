@@ -311,7 +311,7 @@ TEST(DctAdamWRefuses, ByName) {
   EXPECT_OUNCE_ERROR(make([](auto& o) { o.basis = Basis::kHadamard; }), kUsage,
                      "'0' [6, 10]: expected a power of two for a hadamard basis, got 6");
   EXPECT_OUNCE_ERROR(make([](auto& o) { o.residual_scale = -1; }), kUsage, "residual_scale");
-  EXPECT_OUNCE_ERROR(make([](auto&) {}, at::kBFloat16), kUsage, "dct_adamw");
+  EXPECT_OUNCE_ERROR(make([](auto&) {}, at::kHalf), kUsage, "dct_adamw");
 }
 
 TEST(DctAdamWRegistry, MakesItFromItsKeys) {

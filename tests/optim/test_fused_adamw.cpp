@@ -4,7 +4,6 @@
 #include <ounce/core/registry.h>
 #include <ounce/optim/clip.h>
 #include <ounce/optim/fused_adamw.h>
-#include <ounce/optim/optimizers.h>
 #include <torch/torch.h>
 
 #include <cmath>
@@ -14,6 +13,7 @@
 #include "support/devices.h"
 #include "support/expect_error.h"
 #include "support/no_sync.h"
+#include "support/registered_optimizers.h"
 #include "support/rms_error.h"
 
 namespace {
@@ -335,7 +335,7 @@ TEST(FusedAdamW, WrongGradientsAndMovedParametersAreNamed) {
 
 TEST(FusedAdamW, RegistryDefaultsAreTheStructs) {
   auto& store = ounce::registry<NamedOptimizer>().store();
-  if (!store.contains("adamw")) ounce::optim::register_optimizers();
+  ounce::test::register_optimizers_once();
   const auto defaults = store.resolve("adamw", "test").table();
   const AdamWOptions options;
   EXPECT_EQ(defaults.number("lr"), options.lr);

@@ -202,7 +202,7 @@ TEST(GaLoreRefuses, ByName) {
   EXPECT_OUNCE_ERROR(make([](auto& o) { o.update_interval = 0; }), kUsage, "update_interval");
   EXPECT_OUNCE_ERROR(make([](auto& o) { o.scale = -1; }), kUsage, "scale");
   EXPECT_OUNCE_ERROR(make([](auto& o) { o.lr = -1; }), kUsage, "expected lr >= 0, got -1");
-  EXPECT_OUNCE_ERROR(make([](auto&) {}, at::kBFloat16), kUsage, "galore");
+  EXPECT_OUNCE_ERROR(make([](auto&) {}, at::kHalf), kUsage, "galore");
 }
 
 TEST(GaLoreRegistry, MakesItFromItsKeys) {
