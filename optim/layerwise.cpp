@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/core/check.h>
+#include <ounce/optim/layerwise.h>
+#include <torch/torch.h>
+
+#include <memory>
+#include <utility>
+
+namespace ounce::optim {
+
+struct LayerwiseStepper::Hook final : torch::autograd::PostAccumulateGradHook {
+  explicit Hook(LayerwiseStepper& to) : stepper(to) {}
+  void operator()(const torch::autograd::Variable& parameter) override { stepper.step(parameter); }
+
+  LayerwiseStepper& stepper;
+};
+
+LayerwiseStepper::LayerwiseStepper(NamedOptimizer& optimizer) : optimizer_(optimizer) {
+  using torch::autograd::impl::post_acc_grad_hooks;
+  for (const auto& [name, parameter] : optimizer.parameters()) {
+    OUNCE_CHECK(!parameter.grad().defined(), "[LayerwiseStepper] '", name,
+                "': expected no gradient yet; call zero_grad() before");
+    OUNCE_CHECK(post_acc_grad_hooks(parameter) == nullptr, "[LayerwiseStepper] '", name,
+                "' has a post-accumulate hook already, and a tensor holds one");
+  }
+  for (const auto& [name, parameter] : optimizer.parameters()) {
+    torch::autograd::impl::set_post_acc_grad_hooks(parameter, std::make_unique<Hook>(*this));
+  }
+}
+
+LayerwiseStepper::~LayerwiseStepper() {
+  for (const auto& [name, parameter] : optimizer_.parameters()) {
+    torch::autograd::impl::set_post_acc_grad_hooks(parameter, nullptr);
+  }
+}
+
+void LayerwiseStepper::set_control(StepControl control) {
+  const std::lock_guard lock(mutex_);
+  control_ = std::move(control);
+}
+
+void LayerwiseStepper::step(const at::Tensor& parameter) {
+  const std::lock_guard lock(mutex_);
+  const at::NoGradGuard no_grad;
+  auto control = control_;
+  if (!control.skip.defined()) {
+    const auto& gradient = parameter.grad();
+    const auto values = gradient.is_sparse() ? gradient._values() : gradient;
+    control.skip = values.isfinite().all().logical_not().to(at::kFloat);
+  }
+  // No other parameter has a gradient, so no other steps.
+  optimizer_.step(control);
+  parameter.mutable_grad() = at::Tensor();
+}
+
+}  // namespace ounce::optim

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: MIT
+// Steps inside backward: each parameter as soon as its gradient is whole, which is freed then, so
+// that no two gradients are alive (LOMO, Lv et al. 2023; per-layer updates of GaLore).
+#pragma once
+
+#include <ounce/optim/named_optimizer.h>
+
+#include <mutex>
+
+namespace ounce::optim {
+
+// While it lives, every backward() over parameters of `optimizer` is a step of those that it
+// reaches, with what control() says; optimizer.step() has nothing left to do. A norm over all
+// gradients is known only when the last has been stepped along: clip none, or by a scale known
+// before. Gradients of several backward() calls are not summed: each call is a step.
+//
+// Fault::kUsage: a parameter that has a gradient or another post-accumulate hook already. What a
+// step throws comes out of backward(), with the parameters before it stepped.
+class LayerwiseStepper {
+ public:
+  // `optimizer` outlives this.
+  explicit LayerwiseStepper(NamedOptimizer& optimizer);
+  ~LayerwiseStepper();
+  LayerwiseStepper(const LayerwiseStepper&) = delete;
+  LayerwiseStepper& operator=(const LayerwiseStepper&) = delete;
+
+  // Of the steps from now on. With `skip` undefined, a parameter whose gradient has an element
+  // that is not finite skips its step, alone.
+  void set_control(StepControl control);
+
+ private:
+  struct Hook;
+  void step(const at::Tensor& parameter);
+
+  NamedOptimizer& optimizer_;
+  StepControl control_;
+  std::mutex mutex_;  // backward of several devices runs on a thread each
+};
+
+}  // namespace ounce::optim

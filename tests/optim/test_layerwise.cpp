@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: MIT
+#include <gtest/gtest.h>
+#include <ounce/optim/dct_adamw.h>
+#include <ounce/optim/fused_adamw.h>
+#include <ounce/optim/galore.h>
+#include <ounce/optim/layerwise.h>
+#include <ounce/optim/trion.h>
+#include <torch/torch.h>
+
+#include <cmath>
+#include <functional>
+#include <memory>
+
+#include "support/devices.h"
+#include "support/expect_error.h"
+#include "support/rms_error.h"
+
+namespace ounce::optim {
+
+namespace {
+
+using at::Tensor;
+using ounce::test::rms_error;
+
+// Two layers of a shape, one that reads the first one's weight again, and a bias.
+struct Net {
+  NamedParameters parameters;
+
+  explicit Net(at::Device device) {
+    torch::manual_seed(1);
+    const auto make = [&](const char* name, at::IntArrayRef sizes) {
+      const auto p = torch::randn(sizes, at::kDouble) / 3;
+      parameters.emplace_back(name, p.to(device).requires_grad_());
+    };
+    make("first", {8, 8});
+    make("second", {8, 8});
+    make("bias", {8});
+    make("last", {4, 8});
+  }
+  Tensor loss(int64_t step) const {
+    torch::manual_seed(static_cast<uint64_t>(step));
+    const auto x = torch::randn({16, 8}, at::kDouble).to(parameters[0].second.device());
+    auto y = torch::tanh(at::matmul(x, parameters[0].second.t()));
+    y = torch::tanh(at::matmul(y, parameters[1].second.t()) + parameters[2].second);
+    y = torch::tanh(at::matmul(y, parameters[0].second));
+    return at::matmul(y, parameters[3].second.t()).square().mean();
+  }
+  int64_t gradients() const {
+    return std::count_if(parameters.begin(), parameters.end(),
+                         [](const auto& p) { return p.second.grad().defined(); });
+  }
+};
+
+using Make = std::function<std::unique_ptr<NamedOptimizer>(NamedParameters)>;
+
+std::vector<std::pair<const char*, Make>> optimizers() {
+  return {
+      {"adamw", [](NamedParameters p) { return std::make_unique<FusedAdamW>(p); }},
+      {"dct_adamw",
+       [](NamedParameters p) {
+         DctAdamWOptions o;
+         o.rank = 3;
+         o.residual = Residual::kErrorFeedback;
+         return std::make_unique<DctAdamW>(p, o);
+       }},
+      {"galore",
+       [](NamedParameters p) {
+         GaLoreOptions o;
+         o.rank = 3;
+         return std::make_unique<GaLore>(p, o);
+       }},
+      {"trion",
+       [](NamedParameters p) {
+         TrionOptions o;
+         o.rank = 3;
+         return std::make_unique<Trion>(p, o);
+       }},
+      {"muon", [](NamedParameters p) { return std::make_unique<Muon>(p); }},
+  };
+}
+
+class Layerwise : public ounce::test::OnDevice {};
+OUNCE_ON_EACH_DEVICE(Layerwise);
+
+TEST_P(Layerwise, StepsAsAStepAfterBackwardDoes) {
+  for (const auto& [name, make] : optimizers()) {
+    const Net one(device()), other(device());
+    const auto inside = make(one.parameters), after = make(other.parameters);
+    LayerwiseStepper stepper(*inside);
+    int64_t steps = 0;
+    inside->before_update([&](at::TensorList) {
+      EXPECT_EQ(one.gradients(), 1) << name;  // and no other is alive
+      ++steps;
+    });
+    for (int64_t step = 0; step < 10; ++step) {
+      const auto scalar = [&](double x) { return torch::tensor(x, torch::device(device())); };
+      const StepControl control{.lr = scalar(0.01 / static_cast<double>(step + 1)),
+                                .grad_scale = scalar(0.5)};
+      stepper.set_control(control);
+      one.loss(step).backward();
+      EXPECT_EQ(one.gradients(), 0) << name;
+      other.loss(step).backward();
+      after->step(control);
+      after->zero_grad();
+    }
+    EXPECT_EQ(steps, 40) << name;
+    for (size_t i = 0; i < one.parameters.size(); ++i) {
+      EXPECT_LE(rms_error(one.parameters[i].second, other.parameters[i].second), 1e-11) << name;
+    }
+  }
+}
+
+TEST_P(Layerwise, WhatIsNotFiniteSkipsAlone) {
+  const Net net(device());
+  FusedAdamW optimizer(net.parameters);
+  const LayerwiseStepper stepper(optimizer);
+  const auto before = net.parameters[3].second.detach().clone();
+  const auto first = net.parameters[0].second.detach().clone();
+  (net.loss(0) + (net.parameters[3].second * std::nan("")).sum()).backward();
+  EXPECT_TRUE(at::equal(net.parameters[3].second.detach(), before));
+  EXPECT_FALSE(at::equal(net.parameters[0].second.detach(), first));
+  EXPECT_EQ(net.gradients(), 0);
+}
+
+TEST_P(Layerwise, GradientsLiveAgainWithoutIt) {
+  const Net net(device());
+  FusedAdamW optimizer(net.parameters);
+  { const LayerwiseStepper stepper(optimizer); }
+  const auto before = net.parameters[0].second.detach().clone();
+  net.loss(0).backward();
+  EXPECT_EQ(net.gradients(), 4);
+  EXPECT_TRUE(at::equal(net.parameters[0].second.detach(), before));
+}
+
+TEST_P(Layerwise, RefusesByName) {
+  const Net net(device());
+  FusedAdamW optimizer(net.parameters);
+  net.loss(0).backward();
+  EXPECT_OUNCE_ERROR(LayerwiseStepper(std::ref(optimizer)), kUsage,
+                     "'first': expected no gradient");
+  optimizer.zero_grad();
+  const LayerwiseStepper stepper(optimizer);
+  EXPECT_OUNCE_ERROR(LayerwiseStepper(std::ref(optimizer)), kUsage,
+                     "'first' has a post-accumulate");
+  // The error of a step comes out of backward.
+  optimizer.before_update([](at::TensorList) { fail(Fault::kData, "no room"); });
+  EXPECT_ANY_THROW(net.loss(0).backward());
+}
+
+}  // namespace
+
+}  // namespace ounce::optim
