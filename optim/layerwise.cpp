@@ -39,15 +39,22 @@ void LayerwiseStepper::set_control(StepControl control) {
   control_ = std::move(control);
 }
 
+at::Tensor LayerwiseStepper::take_norm() {
+  const std::lock_guard lock(mutex_);
+  return square_sum_.defined() ? std::exchange(square_sum_, at::Tensor()).sqrt() : at::Tensor();
+}
+
 void LayerwiseStepper::step(const at::Tensor& parameter) {
   const std::lock_guard lock(mutex_);
   const at::NoGradGuard no_grad;
   auto control = control_;
-  if (!control.skip.defined()) {
-    const auto& gradient = parameter.grad();
-    const auto values = gradient.is_sparse() ? gradient._values() : gradient;
-    control.skip = values.isfinite().all().logical_not().to(at::kFloat);
-  }
+  const auto& gradient = parameter.grad();
+  const auto values = gradient.is_sparse() ? gradient._values() : gradient;
+  const auto norm = at::linalg_vector_norm(
+      values, 2, {}, false, parameter.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  square_sum_ =
+      square_sum_.defined() ? square_sum_ + norm.square().to(square_sum_.device()) : norm.square();
+  if (!control.skip.defined()) control.skip = norm.isfinite().logical_not().to(at::kFloat);
   // No other parameter has a gradient, so no other steps.
   optimizer_.step(control);
   parameter.mutable_grad() = at::Tensor();

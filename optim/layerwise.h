@@ -27,6 +27,9 @@ class LayerwiseStepper {
   // Of the steps from now on. With `skip` undefined, a parameter whose gradient has an element
   // that is not finite skips its step, alone.
   void set_control(StepControl control);
+  // The norm of all gradients since the last call, before control's grad_scale: a scalar of fp32
+  // (fp64 for fp64) on the device of the first; undefined where there was none.
+  at::Tensor take_norm();
 
  private:
   struct Hook;
@@ -34,6 +37,7 @@ class LayerwiseStepper {
 
   NamedOptimizer& optimizer_;
   StepControl control_;
+  at::Tensor square_sum_;
   std::mutex mutex_;  // backward of several devices runs on a thread each
 };
 

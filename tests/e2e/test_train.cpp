@@ -26,6 +26,8 @@ TEST_F(Train, ResumeIsBitIdenticalToNeverHavingStopped) {
        "--set optimizer.name=galore --set optimizer.rank=8 --set optimizer.update_interval=4 ", 10},
       {"trion", "fp32", "1", "--set optimizer.name=trion --set optimizer.rank=8 ", 10},
       {"muon", "fp32", "1", "--set optimizer.name=muon ", 10},
+      {"layerwise", "fp32", "1",
+       "--set learner.layerwise=true --set learner.clip=0 --set data.accumulate=1 ", 10},
   };
   for (const auto& [name, compute, threads, more, half] : cases) {
     const ScopedVariable openmp("OMP_NUM_THREADS", threads);
@@ -46,6 +48,22 @@ TEST_F(Train, ResumeIsBitIdenticalToNeverHavingStopped) {
   // The comparison can fail: another seed gives other weights.
   ASSERT_EQ(train("--steps 40 --seed 2 --out C").exit_code, 0);
   EXPECT_EQ(run("ckpt diff A-fp32 C").exit_code, 1);
+}
+
+// The same weights, bit for bit, without the gradients' share of the peak.
+TEST_F(Train, LayerwiseStepsHaveNoGradientsInMemory) {
+  const std::string set =
+      "--steps 4 --set learner.clip=0 --set data.accumulate=1 --set data.batch=1 "
+      "--set data.sequence=16 --set model.dim=256 --out ";
+  ASSERT_EQ(train(set + "all").exit_code, 0);
+  ASSERT_EQ(train(set + "layerwise --set learner.layerwise=true").exit_code, 0);
+  const auto diff = run("ckpt diff all layerwise");
+  EXPECT_EQ(diff.exit_code, 0) << diff.out << diff.err;
+  const auto peak = [&](const char* out) {
+    return rows(out, "train").back().at("mem").get<double>();
+  };
+  const double weights = peak("all") / 4;  // they, gradients and two moments, and little else
+  EXPECT_LT(peak("layerwise"), peak("all") - 0.7 * weights);
 }
 
 TEST_F(Train, LearnsAndWritesTheRunFolder) {

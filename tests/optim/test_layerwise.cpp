@@ -100,6 +100,10 @@ TEST_P(Layerwise, StepsAsAStepAfterBackwardDoes) {
       one.loss(step).backward();
       EXPECT_EQ(one.gradients(), 0) << name;
       other.loss(step).backward();
+      std::vector<Tensor> all;
+      for (const auto& [parameter, p] : other.parameters) all.push_back(p.grad().flatten());
+      EXPECT_LE(rms_error(stepper.take_norm(), at::cat(all).norm()), 1e-9) << name;
+      EXPECT_FALSE(stepper.take_norm().defined());
       after->step(control);
       after->zero_grad();
     }
