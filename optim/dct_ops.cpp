@@ -179,7 +179,7 @@ std::string_view text(Side side) { return text_of(side, kSides); }
 std::string_view text(Iteration iteration) { return text_of(iteration, kIterations); }
 Basis parse_basis(std::string_view name) { return parse("basis", name, kBases); }
 Side parse_side(std::string_view name) { return parse("side", name, kSides); }
-Iteration parse_iteration(std::string_view name) { return parse("kind", name, kIterations); }
+Iteration parse_iteration(std::string_view name) { return parse("iteration", name, kIterations); }
 
 Tensor dct_basis(int64_t n, Basis kind, const at::TensorOptions& options) {
   check_size(n, kind);

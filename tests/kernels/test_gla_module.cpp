@@ -7,6 +7,7 @@
 #include <ounce/kernels/gla/gla.h>
 #include <torch/torch.h>
 
+#include <cmath>
 #include <memory>
 #include <string>
 #include <vector>
@@ -69,6 +70,16 @@ TEST_F(GlaMixer, ParameterNamesAndShapes) {
     const auto* p = named.find(name);
     ASSERT_NE(p, nullptr) << name;
     EXPECT_EQ(p->sizes().vec(), shape) << name;
+  }
+}
+
+TEST_F(GlaMixer, QueriesKeysAndValuesStartSmall) {
+  torch::manual_seed(1);
+  const GatedLinearAttention mixer(256, GlaLayerOptions());
+  for (const auto& entry : mixer.named_parameters()) {
+    const auto& name = entry.key();
+    if (name != "q_proj.weight" && name != "k_proj.weight" && name != "v_proj.weight") continue;
+    EXPECT_NEAR(entry.value().std().item<double>() * 16, std::exp2(-2.5), 5e-3) << name;
   }
 }
 
