@@ -13,6 +13,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace ounce::optim {
 
@@ -53,7 +54,31 @@ struct Projection {
   int64_t rank;
   bool transposed;  // the rows are projected
 };
-// By O: project, rank, rank_fraction, min_dim, max_dim, side. Nothing: it takes AdamW.
+// Its keys, and those of how bf16 parameters are rounded.
+template <class O>
+void write_projection_options(const O& from, Options& options) {
+  options.set("rank", from.rank);
+  options.set("rank_fraction", from.rank_fraction);
+  options.set("update_interval", from.update_interval);
+  options.set("side", std::string(text(from.side)));
+  options.set("project", from.project);
+  options.set("min_dim", from.min_dim);
+  options.set("max_dim", from.max_dim);
+  write_rounding_options(from, options);
+}
+template <class O>
+void read_projection_options(const Options& options, O& to) {
+  to.rank = options.positive("rank");
+  to.rank_fraction = options.number_in("rank_fraction", 0, 1);
+  to.update_interval = options.positive("update_interval");
+  to.side = parse_side(options.text("side"));
+  to.project = options.flag("project");
+  to.min_dim = options.non_negative("min_dim");
+  to.max_dim = options.positive("max_dim");
+  read_rounding_options(options, to);
+}
+
+// By those keys. Nothing: it takes AdamW.
 template <class O>
 std::optional<Projection> projection_of(const char* optimizer, const std::string& name,
                                         const at::Tensor& parameter, const O& o) {
@@ -68,6 +93,13 @@ std::optional<Projection> projection_of(const char* optimizer, const std::string
               ": expected a rank of at most ", n, ", got ", rank,
               "; lower rank, raise min_dim, or set project = false in a group of its own");
   return Projection{n, rows + columns - n, rank, transposed};
+}
+
+// Of a parameter or of its projection.
+inline std::vector<int64_t> moment_sizes(const at::Tensor& parameter,
+                                         const std::optional<Projection>& projection) {
+  return projection ? std::vector<int64_t>{projection->longer, projection->rank}
+                    : parameter.sizes().vec();
 }
 
 struct ComposedStep {

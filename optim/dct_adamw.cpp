@@ -39,26 +39,14 @@ const std::vector<std::string> kResiduals = {"none", "ef", "sign", "fira"};
 constexpr double kNormGrowth = 1.01;  // of a Fira step
 
 Options to_options(const DctAdamWOptions& from) {
-  Options options;
-  options.set("lr", from.lr);
-  options.set("beta1", from.beta1);
-  options.set("beta2", from.beta2);
-  options.set("eps", from.eps);
-  options.set("weight_decay", from.weight_decay);
-  options.set("rank", from.rank);
-  options.set("rank_fraction", from.rank_fraction);
-  options.set("update_interval", from.update_interval);
+  auto options = write_adam_options("dct_adamw", from);
   options.set("basis", std::string(text(from.basis)));
   options.set("norm", from.norm);
-  options.set("side", std::string(text(from.side)));
   options.set("rotate", from.rotate);
   options.set("residual", kResiduals[static_cast<size_t>(from.residual)]);
   options.set("residual_scale", from.residual_scale);
   options.set("estimate_fresh_columns", from.estimate_fresh_columns);
-  options.set("project", from.project);
-  options.set("min_dim", from.min_dim);
-  options.set("max_dim", from.max_dim);
-  write_rounding_options(from, options);
+  write_projection_options(from, options);
   return options;
 }
 
@@ -66,22 +54,13 @@ Options to_options(const DctAdamWOptions& from) {
 DctAdamWOptions from_options(const Options& options) {
   DctAdamWOptions to;
   read_adam_options("dct_adamw", options, to);
-  to.rank = options.positive("rank");
-  to.rank_fraction = options.number_in("rank_fraction", 0, 1);
-  to.update_interval = options.positive("update_interval");
   to.basis = parse_basis(options.text("basis"));
   to.norm = options.positive("norm");
-  to.side = parse_side(options.text("side"));
   to.rotate = options.flag("rotate");
-  const auto& residual = options.choice("residual", kResiduals);
-  to.residual = static_cast<Residual>(std::find(kResiduals.begin(), kResiduals.end(), residual) -
-                                      kResiduals.begin());
+  to.residual = choice_of<Residual>(options, "residual", kResiduals);
   to.residual_scale = options.number_in("residual_scale", 0, 1e6);
   to.estimate_fresh_columns = options.flag("estimate_fresh_columns");
-  to.project = options.flag("project");
-  to.min_dim = options.non_negative("min_dim");
-  to.max_dim = options.positive("max_dim");
-  read_rounding_options(options, to);
+  read_projection_options(options, to);
   OUNCE_CHECK(to.norm <= 2, "[dct_adamw] expected norm = 1 or 2, got ", to.norm);
   return to;
 }
@@ -159,7 +138,6 @@ struct DctAdamW::Step : ComposedStep {
 
 DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
     : NamedOptimizer(std::move(parameters), to_options(options), options.groups) {
-  OUNCE_CHECK(options.lr >= 0, "[dct_adamw] expected lr >= 0, got ", options.lr);
   slots_.resize(this->parameters().size());
   for (const auto& group : param_groups()) {
     settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
@@ -168,12 +146,8 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
       auto& slot = slots_[index_of(parameter)];
       const auto fresh = parameter.options().requires_grad(false).dtype(
           state_type("dct_adamw", name_of(parameter), parameter));
-      slot.step = at::zeros({}, fresh.dtype(at::kFloat));
       const auto projection = projection_of("dct_adamw", name_of(parameter), parameter, o);
-      const auto moments = projection ? std::vector<int64_t>{projection->longer, projection->rank}
-                                      : parameter.sizes().vec();
-      slot.exp_avg = at::zeros(moments, fresh);
-      slot.exp_avg_sq = at::zeros(moments, fresh);
+      make_moments(slot, moment_sizes(parameter, projection), fresh);
       if (!projection) continue;
       check_basis("dct_adamw", name_of(parameter), parameter, o.basis, projection->n);
       slot.transposed = projection->transposed;
@@ -208,9 +182,7 @@ void DctAdamW::visit_state(StateVisitor& visitor) {
   for (size_t i = 0; i < slots_.size(); ++i) {
     const auto scope = visitor.scope(parameters()[i].first);
     auto& slot = slots_[i];
-    visitor.tensor("step", slot.step, StateClass::kStep);
-    visitor.tensor("exp_avg", slot.exp_avg, StateClass::kStep);
-    visitor.tensor("exp_avg_sq", slot.exp_avg_sq, StateClass::kStep);
+    visit_moments(visitor, slot);
     if (!slot.indices.defined()) continue;
     visitor.tensor("indices", slot.indices, StateClass::kStep);
     visitor.integer("gradients", slot.gradients);
@@ -220,15 +192,6 @@ void DctAdamW::visit_state(StateVisitor& visitor) {
     }
   }
   visit_groups(visitor);
-}
-
-int64_t DctAdamW::state_bytes() const {
-  int64_t bytes = 0;
-  for (const auto& slot : slots_) {
-    bytes += bytes_of({&slot.step, &slot.exp_avg, &slot.exp_avg_sq, &slot.indices, &slot.residual,
-                       &slot.residual_norm});
-  }
-  return bytes;
 }
 
 void register_dct_adamw() {

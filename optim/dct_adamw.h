@@ -72,7 +72,6 @@ class DctAdamW : public NamedOptimizer {
       : DctAdamW(named_parameters(parameters), options) {}
 
   void visit_state(StateVisitor& visitor) override;
-  int64_t state_bytes() const override;
 
   // The numbers of the basis vectors that a parameter's moments belong to, [rank] int32 ascending;
   // undefined where it is not projected.

@@ -22,12 +22,7 @@ group = []           # tables: match = "*norm*", and what differs: lr_scale or a
 )";
 
 Options to_options(const AdamWOptions& from) {
-  Options options;
-  options.set("lr", from.lr);
-  options.set("beta1", from.beta1);
-  options.set("beta2", from.beta2);
-  options.set("eps", from.eps);
-  options.set("weight_decay", from.weight_decay);
+  auto options = write_adam_options("adamw", from);
   options.set("amsgrad", from.amsgrad);
   options.set("maximize", from.maximize);
   return options;
@@ -57,7 +52,6 @@ struct FusedAdamW::Lists {
 
 FusedAdamW::FusedAdamW(NamedParameters parameters, const AdamWOptions& options)
     : NamedOptimizer(std::move(parameters), to_options(options), options.groups) {
-  OUNCE_CHECK(options.lr >= 0, "[adamw] expected lr >= 0, got ", options.lr);
   refuse_16_bit("adamw");
   slots_.resize(this->parameters().size());
   for (const auto& group : param_groups()) {
@@ -155,22 +149,12 @@ void FusedAdamW::visit_state(StateVisitor& visitor) {
   for (size_t i = 0; i < slots_.size(); ++i) {
     const auto scope = visitor.scope(parameters()[i].first);
     auto& slot = slots_[i];
-    visitor.tensor("step", slot.step, StateClass::kStep);
-    visitor.tensor("exp_avg", slot.exp_avg, StateClass::kStep);
-    visitor.tensor("exp_avg_sq", slot.exp_avg_sq, StateClass::kStep);
+    visit_moments(visitor, slot);
     if (slot.max_exp_avg_sq.defined()) {
       visitor.tensor("max_exp_avg_sq", slot.max_exp_avg_sq, StateClass::kStep);
     }
   }
   visit_groups(visitor);
-}
-
-int64_t FusedAdamW::state_bytes() const {
-  int64_t bytes = 0;
-  for (const auto& slot : slots_) {
-    bytes += bytes_of({&slot.step, &slot.exp_avg, &slot.exp_avg_sq, &slot.max_exp_avg_sq});
-  }
-  return bytes;
 }
 
 void register_adamw() {

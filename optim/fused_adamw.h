@@ -39,7 +39,6 @@ class FusedAdamW : public NamedOptimizer {
       : FusedAdamW(named_parameters(parameters), options) {}
 
   void visit_state(StateVisitor& visitor) override;
-  int64_t state_bytes() const override;
 
  protected:
   void update(const StepControl& control) override;

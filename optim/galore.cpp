@@ -36,22 +36,10 @@ const std::vector<std::string> kSubspaces = {"svd", "randomized"};
 constexpr int64_t kOversampling = 8;
 
 Options to_options(const GaLoreOptions& from) {
-  Options options;
-  options.set("lr", from.lr);
-  options.set("beta1", from.beta1);
-  options.set("beta2", from.beta2);
-  options.set("eps", from.eps);
-  options.set("weight_decay", from.weight_decay);
-  options.set("rank", from.rank);
-  options.set("rank_fraction", from.rank_fraction);
-  options.set("update_interval", from.update_interval);
+  auto options = write_adam_options("galore", from);
   options.set("scale", from.scale);
   options.set("subspace", kSubspaces[static_cast<size_t>(from.subspace)]);
-  options.set("side", std::string(text(from.side)));
-  options.set("project", from.project);
-  options.set("min_dim", from.min_dim);
-  options.set("max_dim", from.max_dim);
-  write_rounding_options(from, options);
+  write_projection_options(from, options);
   return options;
 }
 
@@ -59,17 +47,9 @@ Options to_options(const GaLoreOptions& from) {
 GaLoreOptions from_options(const Options& options) {
   GaLoreOptions to;
   read_adam_options("galore", options, to);
-  to.rank = options.positive("rank");
-  to.rank_fraction = options.number_in("rank_fraction", 0, 1);
-  to.update_interval = options.positive("update_interval");
   to.scale = options.number_in("scale", 0, 1e6);
-  to.subspace =
-      options.choice("subspace", kSubspaces) == "svd" ? Subspace::kSvd : Subspace::kRandomized;
-  to.side = parse_side(options.text("side"));
-  to.project = options.flag("project");
-  to.min_dim = options.non_negative("min_dim");
-  to.max_dim = options.positive("max_dim");
-  read_rounding_options(options, to);
+  to.subspace = choice_of<Subspace>(options, "subspace", kSubspaces);
+  read_projection_options(options, to);
   return to;
 }
 
@@ -94,7 +74,6 @@ Tensor leading_vectors(const Tensor& g, int64_t rank, Subspace subspace, int64_t
 
 GaLore::GaLore(NamedParameters parameters, const GaLoreOptions& options)
     : NamedOptimizer(std::move(parameters), to_options(options), options.groups) {
-  OUNCE_CHECK(options.lr >= 0, "[galore] expected lr >= 0, got ", options.lr);
   slots_.resize(this->parameters().size());
   for (const auto& group : param_groups()) {
     settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
@@ -104,11 +83,7 @@ GaLore::GaLore(NamedParameters parameters, const GaLoreOptions& options)
           state_type("galore", name_of(parameter), parameter));
       const auto projection =
           projection_of("galore", name_of(parameter), parameter, settings_.back());
-      const auto moments = projection ? std::vector<int64_t>{projection->longer, projection->rank}
-                                      : parameter.sizes().vec();
-      slot.step = at::zeros({}, fresh.dtype(at::kFloat));
-      slot.exp_avg = at::zeros(moments, fresh);
-      slot.exp_avg_sq = at::zeros(moments, fresh);
+      make_moments(slot, moment_sizes(parameter, projection), fresh);
       if (!projection) continue;
       slot.transposed = projection->transposed;
       slot.basis = at::eye(projection->n, projection->rank, fresh);
@@ -155,22 +130,12 @@ void GaLore::visit_state(StateVisitor& visitor) {
   for (size_t i = 0; i < slots_.size(); ++i) {
     const auto scope = visitor.scope(parameters()[i].first);
     auto& slot = slots_[i];
-    visitor.tensor("step", slot.step, StateClass::kStep);
-    visitor.tensor("exp_avg", slot.exp_avg, StateClass::kStep);
-    visitor.tensor("exp_avg_sq", slot.exp_avg_sq, StateClass::kStep);
+    visit_moments(visitor, slot);
     if (!slot.basis.defined()) continue;
     visitor.tensor("basis", slot.basis, StateClass::kStep);
     visitor.integer("gradients", slot.gradients);
   }
   visit_groups(visitor);
-}
-
-int64_t GaLore::state_bytes() const {
-  int64_t bytes = 0;
-  for (const auto& slot : slots_) {
-    bytes += bytes_of({&slot.step, &slot.exp_avg, &slot.exp_avg_sq, &slot.basis});
-  }
-  return bytes;
 }
 
 void register_galore() {

@@ -51,7 +51,6 @@ class GaLore : public NamedOptimizer {
       : GaLore(named_parameters(parameters), options) {}
 
   void visit_state(StateVisitor& visitor) override;
-  int64_t state_bytes() const override;
 
   // Q; undefined where a parameter is not projected.
   at::Tensor basis_of(const at::Tensor& parameter) const;

@@ -39,6 +39,11 @@ void LayerwiseStepper::set_control(StepControl control) {
   control_ = std::move(control);
 }
 
+void LayerwiseStepper::pause(bool paused) {
+  const std::lock_guard lock(mutex_);
+  paused_ = paused;
+}
+
 at::Tensor LayerwiseStepper::take_norm() {
   const std::lock_guard lock(mutex_);
   return square_sum_.defined() ? std::exchange(square_sum_, at::Tensor()).sqrt() : at::Tensor();
@@ -47,6 +52,10 @@ at::Tensor LayerwiseStepper::take_norm() {
 void LayerwiseStepper::step(const at::Tensor& parameter) {
   const std::lock_guard lock(mutex_);
   const at::NoGradGuard no_grad;
+  if (paused_) {
+    parameter.mutable_grad() = at::Tensor();
+    return;
+  }
   auto control = control_;
   const auto& gradient = parameter.grad();
   const auto values = gradient.is_sparse() ? gradient._values() : gradient;

@@ -10,7 +10,7 @@
 namespace ounce::optim {
 
 // While it lives, every backward() over parameters of `optimizer` is a step of those that it
-// reaches, with what control() says; optimizer.step() has nothing left to do. A norm over all
+// reaches, with what set_control() says; optimizer.step() has nothing left to do. A norm over all
 // gradients is known only when the last has been stepped along: clip none, or by a scale known
 // before. Gradients of several backward() calls are not summed: each call is a step.
 //
@@ -27,6 +27,8 @@ class LayerwiseStepper {
   // Of the steps from now on. With `skip` undefined, a parameter whose gradient has an element
   // that is not finite skips its step, alone.
   void set_control(StepControl control);
+  // While paused, a gradient is freed without a step, for a backward() that is only measured.
+  void pause(bool paused);
   // The norm of all gradients since the last call, before control's grad_scale: a scalar of fp32
   // (fp64 for fp64) on the device of the first; undefined where there was none.
   at::Tensor take_norm();
@@ -37,6 +39,7 @@ class LayerwiseStepper {
 
   NamedOptimizer& optimizer_;
   StepControl control_;
+  bool paused_ = false;
   at::Tensor square_sum_;
   std::mutex mutex_;  // backward of several devices runs on a thread each
 };

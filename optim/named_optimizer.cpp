@@ -52,6 +52,14 @@ class SaveVisitor final : public StateVisitor {
   Dictionaries values;
 };
 
+// All of it, sharing memory.
+Dictionaries state_of(const NamedOptimizer& optimizer) {
+  SaveVisitor visitor;
+  // A saving visitor only reads.
+  const_cast<NamedOptimizer&>(optimizer).visit_state(visitor);
+  return visitor.values;
+}
+
 // Compares what is presented with what was saved; says it is not loading, so nothing changes.
 class CompareVisitor final : public StateVisitor {
  public:
@@ -301,14 +309,19 @@ void NamedOptimizer::visit_groups(StateVisitor& visitor) {
   }
 }
 
+int64_t NamedOptimizer::state_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& entry : state_of(*this).tensors)
+    bytes += static_cast<int64_t>(entry.value().nbytes());
+  return bytes;
+}
+
 void NamedOptimizer::save(torch::serialize::OutputArchive& archive) const {
-  SaveVisitor visitor;
-  // A saving visitor only reads.
-  const_cast<NamedOptimizer*>(this)->visit_state(visitor);
-  archive.write("tensors", c10::IValue(visitor.values.tensors));
-  archive.write("integers", c10::IValue(visitor.values.integers));
-  archive.write("numbers", c10::IValue(visitor.values.numbers));
-  archive.write("texts", c10::IValue(visitor.values.texts));
+  const auto values = state_of(*this);
+  archive.write("tensors", c10::IValue(values.tensors));
+  archive.write("integers", c10::IValue(values.integers));
+  archive.write("numbers", c10::IValue(values.numbers));
+  archive.write("texts", c10::IValue(values.texts));
   archive.write("learning_rates", c10::IValue(learning_rates(*this)));
 }
 

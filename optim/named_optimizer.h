@@ -72,8 +72,8 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
 
   const std::string& name_of(const at::Tensor& parameter) const;  // unknown: Fault::kUsage
   const NamedParameters& parameters() const;
-  // Bytes of optimizer state, all of it; state exists from construction on.
-  virtual int64_t state_bytes() const = 0;
+  // Bytes of the tensors of visit_state(); state exists from construction on.
+  int64_t state_bytes() const;
 
   // torch::save and torch::load: everything that visit_state() presents, and each group's lr, by
   // name. Loading checks the names, shapes and dtypes first and lists every difference in one error

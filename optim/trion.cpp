@@ -53,12 +53,10 @@ constexpr int64_t kBatch = int64_t{1} << 26;  // entries that are orthonormalise
 
 // What both have.
 template <class O>
-Options write_options(const O& from) {
-  Options options;
-  options.set("lr", from.lr);
+Options write_options(const char* name, const O& from) {
+  auto options = write_adam_options(name, from);
   options.set("momentum", from.momentum);
   options.set("nesterov", from.nesterov);
-  options.set("weight_decay", from.weight_decay);
   options.set("iteration", std::string(text(from.iteration)));
   options.set("ns_steps", from.ns_steps);
   options.set("scale", kScales[static_cast<size_t>(from.scale)]);
@@ -67,9 +65,6 @@ Options write_options(const O& from) {
   options.set("adamw_names", Value::Array(from.adamw_names.begin(), from.adamw_names.end()));
   options.set("max_dim", from.max_dim);
   options.set("adamw_lr", from.adamw_lr);
-  options.set("beta1", from.beta1);
-  options.set("beta2", from.beta2);
-  options.set("eps", from.eps);
   write_rounding_options(from, options);
   return options;
 }
@@ -82,9 +77,7 @@ void read_options(const char* name, const Options& options, O& to) {
   to.nesterov = options.flag("nesterov");
   to.iteration = parse_iteration(options.text("iteration"));
   to.ns_steps = options.positive("ns_steps");
-  const auto& scale = options.choice("scale", kScales);
-  to.scale =
-      static_cast<StepScale>(std::find(kScales.begin(), kScales.end(), scale) - kScales.begin());
+  to.scale = choice_of<StepScale>(options, "scale", kScales);
   to.split.clear();
   for (const auto& rows : options.find("split")->array()) {
     to.split.push_back(rows.integer());
@@ -119,7 +112,7 @@ TrionOptions from_options(const char* name, const Options& options) {
 }
 
 Options to_options(const TrionOptions& from) {
-  auto options = write_options(from);
+  auto options = write_options("trion", from);
   options.set("rank", from.rank);
   options.set("rank_fraction", from.rank_fraction);
   options.set("basis", std::string(text(from.basis)));
@@ -176,7 +169,6 @@ Trion::Trion(NamedParameters parameters, const TrionOptions& options)
 Trion::Trion(const char* name, NamedParameters parameters, const Options& options, double lr,
              const std::vector<GroupRule>& groups)
     : NamedOptimizer(std::move(parameters), options, groups), name_(name), lr_(lr) {
-  OUNCE_CHECK(lr >= 0, "[", name, "] expected lr >= 0, got ", lr);
   slots_.resize(this->parameters().size());
   std::map<std::tuple<size_t, int64_t, int64_t, at::ScalarType, std::string>, Bucket> buckets;
   for (size_t g = 0; g < param_groups().size(); ++g) {
@@ -190,12 +182,11 @@ Trion::Trion(const char* name, NamedParameters parameters, const Options& option
       auto& slot = slots_[index];
       const auto fresh =
           parameter.options().requires_grad(false).dtype(state_type(name, full_name, parameter));
-      slot.step = at::zeros({}, fresh.dtype(at::kFloat));
       if (takes_adamw(full_name, parameter, o)) {
-        slot.exp_avg = at::zeros(parameter.sizes(), fresh);
-        slot.exp_avg_sq = at::zeros(parameter.sizes(), fresh);
+        make_moments(slot, parameter.sizes(), fresh);
         continue;
       }
+      slot.step = at::zeros({}, fresh.dtype(at::kFloat));
       slot.momentum = at::zeros(parameter.sizes(), fresh);
       const auto columns = parameter.numel() / parameter.size(0);
       const auto split = split_of(parameter.size(0), o.split);
@@ -315,27 +306,19 @@ void Trion::visit_state(StateVisitor& visitor) {
   for (size_t i = 0; i < slots_.size(); ++i) {
     const auto scope = visitor.scope(parameters()[i].first);
     auto& slot = slots_[i];
-    visitor.tensor("step", slot.step, StateClass::kStep);
     if (slot.momentum.defined()) {
+      visitor.tensor("step", slot.step, StateClass::kStep);
       visitor.tensor("momentum", slot.momentum, StateClass::kStep);
     } else {
-      visitor.tensor("exp_avg", slot.exp_avg, StateClass::kStep);
-      visitor.tensor("exp_avg_sq", slot.exp_avg_sq, StateClass::kStep);
+      visit_moments(visitor, slot);
     }
   }
   visit_groups(visitor);
 }
 
-int64_t Trion::state_bytes() const {
-  int64_t bytes = 0;
-  for (const auto& slot : slots_) {
-    bytes += bytes_of({&slot.momentum, &slot.step, &slot.exp_avg, &slot.exp_avg_sq});
-  }
-  return bytes;
-}
-
 Muon::Muon(NamedParameters parameters, const MuonOptions& options)
-    : Trion("muon", std::move(parameters), write_options(options), options.lr, options.groups) {}
+    : Trion("muon", std::move(parameters), write_options("muon", options), options.lr,
+            options.groups) {}
 
 void register_trion() {
   add_optimizer<Trion>("trion", "momentum, orthonormalised in the DCT columns that hold most of it",

@@ -73,7 +73,6 @@ class Trion : public NamedOptimizer {
       : Trion(named_parameters(parameters), options) {}
 
   void visit_state(StateVisitor& visitor) override;
-  int64_t state_bytes() const override;
 
   bool orthonormalizes(const at::Tensor& parameter) const;
 

@@ -13,11 +13,6 @@ namespace ounce {
 
 namespace {
 
-// What a layer-wise step leaves of a gradient, for a pass that does not step.
-struct FreeGradient final : torch::autograd::PostAccumulateGradHook {
-  void operator()(const at::Tensor& parameter) override { parameter.mutable_grad() = at::Tensor(); }
-};
-
 // Backpropagation, global norm clipping, and a step of the configured optimizer.
 class GradientLearner : public Learner {
  public:
@@ -25,15 +20,16 @@ class GradientLearner : public Learner {
       : model_(context.model),
         device_(context.device),
         compute_(context.compute),
-        clip_(options.number_in("clip", 0, 1e30)),
-        layerwise_(options.flag("layerwise")) {
-    OUNCE_CHECK(!layerwise_ || clip_ == 0,
+        clip_(options.number_in("clip", 0, 1e30)) {
+    const bool layerwise = options.flag("layerwise");
+    OUNCE_CHECK(!layerwise || clip_ == 0,
                 "[gradient] layerwise: the norm to clip by is known only when all have stepped; "
                 "expected clip = 0 with it, got ",
                 clip_);
     parameters_ = optim::named_parameters(*model_);
     optimizer_ = registry<optim::NamedOptimizer>().make(context.optimizer, {parameters_});
     for (const auto& [name, parameter] : parameters_) tensors_.push_back(parameter);
+    if (layerwise) stepper_ = std::make_unique<optim::LayerwiseStepper>(*optimizer_);
   }
 
   StepReport step(const std::vector<data::Batch>& micro_batches,
@@ -42,7 +38,7 @@ class GradientLearner : public Learner {
     for (const auto& batch : micro_batches) counted += batch.counted;
     model_->train();
     optimizer_->zero_grad();
-    if (layerwise_) return layerwise_step(micro_batches, counted, control);
+    if (stepper_) return layerwise_step(micro_batches, counted, control);
     at::Tensor total;
     for (const auto& batch : micro_batches) {
       const auto loss = forward(to_device(batch, device_));
@@ -76,7 +72,7 @@ class GradientLearner : public Learner {
   int64_t probe(const data::Batch& micro_batch, bool keep_gradients) override {
     model_->train();
     const auto batch = to_device(micro_batch, device_);
-    if (layerwise_) hook_all([] { return std::make_unique<FreeGradient>(); });
+    if (stepper_) stepper_->pause(true);
     const auto before = memory_use(device_).current;
     int64_t activations = 0;
     {
@@ -91,7 +87,6 @@ class GradientLearner : public Learner {
       loss.backward();
     }
     synchronize(device_);
-    if (layerwise_) hook_all([] { return nullptr; });
     if (!keep_gradients) optimizer_->zero_grad();
     return activations;
   }
@@ -100,7 +95,7 @@ class GradientLearner : public Learner {
     StateBytes bytes;
     for (const auto& tensor : tensors_) bytes.weights += static_cast<int64_t>(tensor.nbytes());
     bytes.gradients = bytes.weights;
-    if (layerwise_) {
+    if (stepper_) {
       bytes.gradients = 0;
       for (const auto& tensor : tensors_)
         bytes.gradients = std::max(bytes.gradients, static_cast<int64_t>(tensor.nbytes()));
@@ -130,20 +125,13 @@ class GradientLearner : public Learner {
     return model_->loss_sum(model_->hidden(batch.tokens, context), batch.targets);
   }
 
-  template <class F>
-  void hook_all(const F& make) const {
-    for (const auto& tensor : tensors_)
-      torch::autograd::impl::set_post_acc_grad_hooks(tensor, make());
-  }
-
   // Backward is the step.
   StepReport layerwise_step(const std::vector<data::Batch>& micro_batches, int64_t counted,
                             const StepControl& control) {
     OUNCE_CHECK(micro_batches.size() == 1,
                 "[gradient] layerwise: each backward is a step; expected data.accumulate = 1, got ",
                 micro_batches.size());
-    // Made here, as probe() runs backward without stepping, before the first step.
-    if (!stepper_) stepper_ = std::make_unique<optim::LayerwiseStepper>(*optimizer_);
+    stepper_->pause(false);
     stepper_->set_control(control);
     const auto loss = forward(to_device(micro_batches[0], device_)) /
                       static_cast<double>(std::max<int64_t>(counted, 1));
@@ -161,11 +149,10 @@ class GradientLearner : public Learner {
   at::Device device_;
   at::ScalarType compute_;
   double clip_;
-  bool layerwise_;
   optim::NamedParameters parameters_;
   std::vector<at::Tensor> tensors_;
   std::shared_ptr<optim::NamedOptimizer> optimizer_;
-  std::unique_ptr<optim::LayerwiseStepper> stepper_;  // goes before it
+  std::unique_ptr<optim::LayerwiseStepper> stepper_;  // null: steps come after backward
 };
 
 }  // namespace

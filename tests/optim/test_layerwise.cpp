@@ -136,6 +136,20 @@ TEST_P(Layerwise, GradientsLiveAgainWithoutIt) {
   EXPECT_TRUE(at::equal(net.parameters[0].second.detach(), before));
 }
 
+TEST_P(Layerwise, PausedItOnlyFrees) {
+  const Net net(device());
+  FusedAdamW optimizer(net.parameters);
+  LayerwiseStepper stepper(optimizer);
+  const auto before = net.parameters[0].second.detach().clone();
+  stepper.pause(true);
+  net.loss(0).backward();
+  EXPECT_EQ(net.gradients(), 0);
+  EXPECT_TRUE(at::equal(net.parameters[0].second.detach(), before));
+  stepper.pause(false);
+  net.loss(0).backward();
+  EXPECT_FALSE(at::equal(net.parameters[0].second.detach(), before));
+}
+
 TEST_P(Layerwise, RefusesByName) {
   const Net net(device());
   FusedAdamW optimizer(net.parameters);

@@ -56,7 +56,6 @@ class Momentum : public NamedOptimizer {
     }
     visitor.integer("steps", steps);
   }
-  int64_t state_bytes() const override { return 0; }
 
   std::vector<at::Tensor> velocity;
   int64_t steps = 0;
