@@ -78,7 +78,7 @@ struct LinearCrossEntropyOptions {
   TORCH_ARG(bool, return_z_loss) = false;
   TORCH_ARG(bool, return_log_prob) = false;
   TORCH_ARG(bool, return_entropy) = false;  // differentiable
-  TORCH_ARG(bool, return_correct) = false;  // costs one more pass over the logits
+  TORCH_ARG(bool, return_correct) = false;
   // Throws for a target that is neither ignore_index nor in [0, V); synchronises the host. Without
   // it such a target makes its row's loss, and every gradient it touches, NaN.
   TORCH_ARG(bool, validate_targets) = false;
@@ -95,11 +95,10 @@ struct LinearCrossEntropyOptions {
   TORCH_ARG(Recompute, recompute) = Recompute::kAuto;
   TORCH_ARG(bool, deterministic) = true;
   TORCH_ARG(at::ScalarType, accum) = at::kFloat;  // of the gradients; fp64 inputs use fp64
-  // auto | fused | reference. Fused: bf16 hidden on a Hopper GPU, without return_correct,
-  // return_entropy, or smoothing beside a softcap or class weights; with a filter a sum or a mean
-  // without bias and smoothing, whose gradients forward makes. "fused" throws where that does not
-  // fit; "auto" takes the reference, and on a GPU warns once for each reason (OUNCE_STRICT=1:
-  // throws).
+  // auto | fused | reference. Fused: bf16 or fp16 hidden on a Hopper GPU; with a filter a bf16 sum
+  // or mean without bias, smoothing, return_correct and return_entropy, whose gradients forward
+  // makes. "fused" throws where that does not fit; "auto" takes the reference, and on a GPU warns
+  // once for each reason (OUNCE_STRICT=1: throws).
   TORCH_ARG(std::string, implementation) = "auto";
 };
 

@@ -24,9 +24,10 @@ inline std::optional<at::Tensor> drop_undefined(const std::optional<at::Tensor>&
   return t && t->defined() ? t : std::nullopt;
 }
 
-// What backward takes from forward, per token.
+// What backward takes from forward, per token; entropy only where it has an upstream.
 struct CceSaved {
   const at::Tensor lse, nll;
+  const std::optional<at::Tensor> entropy;
 };
 
 // Throws where gradients are asked of forward that it cannot make.

@@ -55,21 +55,21 @@ void check_targets(const CceInputs& in, const CceOptions& o) {
 
 bool is_fused(const Tensor& hidden, const CceInputs& in, const CceOptions& o) {
   return takes_fused("linear_cross_entropy", o.implementation(), hidden,
-                     fused::why_not(hidden, in.weight, in.bias.has_value(), in.class_weight, o));
+                     fused::why_not(hidden, in.weight, in.bias.has_value(), o));
 }
 
-CceGradients backward_rows(bool fused, const Tensor& grad_rows, const Tensor& grad_lse,
-                           const Tensor& grad_entropy, const Tensor& hidden, const CceInputs& in,
-                           const reference::Tokens& tokens, const CceSaved& saved,
-                           const CceOptions& o, CceWanted wanted, at::ScalarType hidden_type) {
+CceGradients backward_rows(bool fused, const fused::Upstream& upstream, const Tensor& hidden,
+                           const CceInputs& in, const reference::Tokens& tokens,
+                           const fused::Results& results, const CceOptions& o, CceWanted wanted,
+                           at::ScalarType hidden_type) {
   if (fused) {
-    return fused::linear_cross_entropy_rows_backward(grad_rows, grad_lse, hidden, in.weight,
-                                                     in.bias, tokens, saved.lse, saved.nll, o,
-                                                     wanted, hidden_type);
+    return fused::linear_cross_entropy_rows_backward(upstream, hidden, in.weight, in.bias,
+                                                     in.class_weight, tokens, results, o, wanted,
+                                                     hidden_type);
   }
-  return reference::linear_cross_entropy_rows_backward(grad_rows, grad_lse, grad_entropy, hidden,
-                                                       in.weight, in.bias, in.class_weight, tokens,
-                                                       o, wanted, hidden_type);
+  return reference::linear_cross_entropy_rows_backward(
+      upstream.loss, upstream.lse, upstream.entropy, hidden, in.weight, in.bias, in.class_weight,
+      tokens, o, wanted, hidden_type);
 }
 
 // Upstream of the rows' losses, from that of the loss.
@@ -110,13 +110,14 @@ CceOutputs forward(const CceInputs& in, const CceOptions& o, CceWanted wanted) {
     std::tie(rows, grad_hidden, grad_weight) = fused::linear_cross_entropy_rows_with_gradients(
         upstream(), hidden, in.weight, tokens, o, {wanted[0], wanted[1]});
   } else {
-    rows = fused ? fused::linear_cross_entropy_rows(hidden, in.weight, in.bias, tokens, o)
+    rows = fused ? fused::linear_cross_entropy_rows(hidden, in.weight, in.bias, in.class_weight,
+                                                    tokens, o)
                  : reference::linear_cross_entropy_rows(hidden, in.weight, in.bias, in.class_weight,
                                                         tokens, o);
     if (any(wanted)) {
       std::tie(grad_hidden, grad_weight, grad_bias) =
-          backward_rows(fused, upstream(), at::zeros({}, tokens.weight.options()), {}, hidden, in,
-                        tokens, {rows.lse, rows.nll}, o, wanted, tokens.weight.scalar_type());
+          backward_rows(fused, {upstream(), at::zeros({}, tokens.weight.options()), {}}, hidden, in,
+                        tokens, {rows.lse, rows.nll, {}}, o, wanted, tokens.weight.scalar_type());
     }
   }
   const auto per_token = [&](const Tensor& t) { return to_target_place(t, in.target, o.shift()); };
@@ -155,12 +156,16 @@ CceGradients backward(const OptionalTensor& grad_loss, const OptionalTensor& gra
   const auto tokens = tokens_of(fused, in, o);
   const auto compute = tokens.weight.options();
   const auto zero = at::zeros({}, compute);
-  auto [grad_hidden, grad_weight, grad_bias] = backward_rows(
-      fused, grad_loss ? upstream_of_rows(grad_loss->to(compute), tokens, o) : zero,
-      grad_lse ? to_hidden_place(grad_lse->to(compute), o.shift()) : zero,
-      grad_entropy ? to_hidden_place(*grad_entropy, o.shift()) : Tensor(), hidden, in, tokens,
-      {to_hidden_place(saved.lse, o.shift()), to_hidden_place(saved.nll, o.shift())}, o, wanted,
-      hidden_type);
+  const auto at_hidden = [&](const OptionalTensor& t) {
+    return t ? to_hidden_place(t->to(compute), o.shift()) : Tensor();
+  };
+  const fused::Upstream upstream = {
+      grad_loss ? upstream_of_rows(grad_loss->to(compute), tokens, o) : zero,
+      grad_lse ? at_hidden(grad_lse) : zero, at_hidden(grad_entropy)};
+  auto [grad_hidden, grad_weight, grad_bias] =
+      backward_rows(fused, upstream, hidden, in, tokens,
+                    {at_hidden(saved.lse), at_hidden(saved.nll), at_hidden(saved.entropy)}, o,
+                    wanted, hidden_type);
   if (wanted[0]) grad_hidden = grad_hidden.view(in.hidden.sizes());
   return {grad_hidden, grad_weight, grad_bias};
 }

@@ -90,7 +90,7 @@ __device__ double over_block(double x, bool largest) {
   __syncthreads();
   return result;
 }
-__global__ void plain_rows(Logits p, int64_t step, double* lse, double* nll) {
+__global__ void plain_rows(Logits p, int64_t step, double* lse, double* nll, double* entropy) {
   const int64_t row = blockIdx.x * step;
   if (row >= p.rows) return;
   double top = -INFINITY, sum = 0;
@@ -98,7 +98,14 @@ __global__ void plain_rows(Logits p, int64_t step, double* lse, double* nll) {
   top = over_block(top, true);
   for (int64_t j = threadIdx.x; j < p.vocab; j += 256) sum += exp(logit(p, row, j) - top);
   sum = over_block(sum, false);
+  double product = 0;
+  for (int64_t j = threadIdx.x; j < p.vocab; j += 256) {
+    const double d = logit(p, row, j) - top;
+    product += exp(d) * d;
+  }
+  product = over_block(product, false);
   if (threadIdx.x == 0) {
+    entropy[blockIdx.x] = log(sum) - product / sum;
     lse[blockIdx.x] = top + log(sum);
     nll[blockIdx.x] = lse[blockIdx.x] - logit(p, row, p.target[row]);
   }
@@ -111,10 +118,12 @@ __global__ void plain_gradient(Logits p, LogitGradient g, int64_t step, double* 
   for (int64_t j = threadIdx.x; j < p.vocab; j += 256) {
     const double z = logit(p, row, j),
                  slope = p.softcap > 0 ? 1 - z * z / p.softcap / p.softcap : 1;
-    double v = g.factor[row] * exp(z - g.lse[row]);
+    const RowFactors f = g.rows[row];
+    const double l = z * kLog2e - f.base;
+    double v =
+        exp2(l) * (f.factor + f.log_factor * l) - (f.flat != 0 ? f.flat * g.class_weight[j] : 0);
     v *= slope;
     if (p.target[row] == j) v = g.at_target[row];
-    if (g.factor[row] == 0) v = 0;
     const double got =
         __bfloat162float(static_cast<const __nv_bfloat16*>(g.out)[row * g.out_stride + j]);
     error += (v - got) * (v - got);
@@ -198,6 +207,13 @@ void expect(bool good, const char* what, double value) {
   failures += !good;
 }
 
+__global__ void factors_of(const float* lse, int64_t rows, RowFactors all, RowFactors* out) {
+  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < rows; i += gridDim.x * blockDim.x) {
+    out[i] = all;
+    out[i].base = lse[i] * kLog2e;
+  }
+}
+
 struct Case {
   int64_t rows, dim, vocab;
   bool bias = false;
@@ -209,7 +225,10 @@ struct Data {
   Partial *partials, *sums;
   AnchoredSum *anchored_partials, *anchored;
   int* again;
-  float *anchor, *target_logit, *lse, *nll, *factor, *at_target, *rounding;
+  float *anchor, *target_logit, *lse, *nll, *entropy, *at_target, *rounding;
+  Moments *moment_partials, *moments;
+  RowFactors* factors;
+  float* class_weight;
   float *ones, *losses;
   bool* counted;
   int* target;
@@ -242,7 +261,7 @@ struct Data {
     anchored_partials = allocate<AnchoredSum>(logits.schedule.partials());
     anchored = allocate<AnchoredSum>(c.rows);
     again = allocate<int>((c.rows + kPairRows - 1) / kPairRows);
-    for (auto** rows : {&anchor, &target_logit, &lse, &nll, &factor, &at_target, &rounding}) {
+    for (auto** rows : {&anchor, &target_logit, &lse, &nll, &entropy, &at_target, &rounding}) {
       *rows = allocate<float>(c.rows);
     }
     counted = allocate<bool>(c.rows);
@@ -250,20 +269,37 @@ struct Data {
     losses = allocate<float>(c.rows);
     fill_with<<<64, 256>>>(counted, c.rows, true);
     fill_with<<<64, 256>>>(ones, c.rows, 1.f);
-    fill_with<<<64, 256>>>(factor, c.rows, 0.5f);
+    moment_partials = allocate<Moments>(logits.schedule.partials());
+    moments = allocate<Moments>(c.rows);
+    factors = allocate<RowFactors>(c.rows);
+    class_weight = allocate<float>(logits.schedule.tiles * kTileColumns);
+    fill_with<<<64, 256>>>(class_weight, logits.schedule.tiles * kTileColumns, 0.7f);
     fill_with<<<64, 256>>>(at_target, c.rows, -1.f / static_cast<float>(c.vocab));
   }
   ~Data() {
-    for (const void* memory :
-         {logits.hidden, logits.weight, static_cast<const void*>(logits.bias),
-          static_cast<const void*>(target), static_cast<const void*>(partials),
-          static_cast<const void*>(sums), static_cast<const void*>(anchored_partials),
-          static_cast<const void*>(anchored), static_cast<const void*>(again),
-          static_cast<const void*>(anchor), static_cast<const void*>(counted),
-          static_cast<const void*>(ones), static_cast<const void*>(losses),
-          static_cast<const void*>(rounding), static_cast<const void*>(target_logit),
-          static_cast<const void*>(lse), static_cast<const void*>(nll),
-          static_cast<const void*>(factor), static_cast<const void*>(at_target)}) {
+    for (const void* memory : {logits.hidden,
+                               logits.weight,
+                               static_cast<const void*>(logits.bias),
+                               static_cast<const void*>(target),
+                               static_cast<const void*>(partials),
+                               static_cast<const void*>(sums),
+                               static_cast<const void*>(anchored_partials),
+                               static_cast<const void*>(anchored),
+                               static_cast<const void*>(again),
+                               static_cast<const void*>(anchor),
+                               static_cast<const void*>(counted),
+                               static_cast<const void*>(ones),
+                               static_cast<const void*>(losses),
+                               static_cast<const void*>(rounding),
+                               static_cast<const void*>(target_logit),
+                               static_cast<const void*>(lse),
+                               static_cast<const void*>(nll),
+                               static_cast<const void*>(entropy),
+                               static_cast<const void*>(at_target),
+                               static_cast<const void*>(moment_partials),
+                               static_cast<const void*>(moments),
+                               static_cast<const void*>(factors),
+                               static_cast<const void*>(class_weight)}) {
       cudaFree(const_cast<void*>(memory));
     }
   }
@@ -272,6 +308,23 @@ struct Data {
     CHECK(add_exponentials(logits, partials, sums, target_logit, nullptr));
     CHECK(finish_rows(logits.rows, {.counted = counted, .weight = ones, .hit_weight = ones}, sums,
                       target_logit, {lse, nll, losses, losses}, nullptr));
+  }
+  void forward_with_moments() {
+    CHECK(start_rows(logits.rows, moments, target_logit, nullptr));
+    CHECK(add_moments(logits, class_weight, moment_partials, moments, target_logit, nullptr));
+    CHECK(finish_rows(logits.rows, {.counted = counted, .weight = ones, .hit_weight = ones},
+                      moments, target_logit, {lse, nll, losses, losses, entropy}, nullptr));
+  }
+  // dloss/dlogits where every row has these.
+  LogitGradient gradient(void* out, int64_t out_stride, float factor, float log_factor,
+                         float flat) {
+    factors_of<<<64, 256>>>(lse, logits.rows, {0, factor, log_factor, flat}, factors);
+    return {.rows = factors,
+            .at_target = at_target,
+            .general = log_factor != 0 || flat != 0,
+            .class_weight = flat != 0 ? class_weight : nullptr,
+            .out = out,
+            .out_stride = out_stride};
   }
 };
 
@@ -383,47 +436,55 @@ void check_kept(const Data& data, const LogitGradient& e, int64_t step, double* 
   }
 }
 
+// lse, nll and entropy of every step-th row.
+void check_rows(Data& data, int64_t step, double* plain) {
+  const auto blocks = static_cast<unsigned>((data.logits.rows + step - 1) / step);
+  plain_rows<<<blocks, 256>>>(data.logits, step, plain, plain + blocks, plain + 2 * blocks);
+  std::vector<double> expected(3 * blocks);
+  CHECK(cudaMemcpy(expected.data(), plain, 3 * blocks * 8, cudaMemcpyDeviceToHost));
+  const auto compare = [&](const char* name, const float* got, const double* exact) {
+    std::vector<float> host(data.logits.rows);
+    CHECK(cudaMemcpy(host.data(), got, host.size() * 4, cudaMemcpyDeviceToHost));
+    double worst = 0;
+    for (unsigned i = 0; i < blocks; ++i) {
+      const double far = std::abs(host[i * step] - exact[i]) / std::max(1.0, std::abs(exact[i]));
+      if (!(far <= worst)) worst = far;
+    }
+    expect(worst < 2e-5, name, worst);
+  };
+  for (const bool moments : {true, false}) {
+    moments ? data.forward_with_moments() : data.forward();
+    compare("lse", data.lse, expected.data());
+    compare("nll", data.nll, expected.data() + blocks);
+    if (moments) compare("entropy", data.entropy, expected.data() + 2 * blocks);
+  }
+}
+
 void check(const Case& c) {
   std::printf("N %ld D %ld V %ld%s scale %g softcap %g spread %g\n", c.rows, c.dim, c.vocab,
               c.bias ? " bias" : "", c.scale, c.softcap, c.spread);
   Data data(c);
-  data.forward();
-  CHECK(cudaDeviceSynchronize());
   const int64_t step = std::max<int64_t>(1, c.rows / 64);
   const auto blocks = static_cast<unsigned>((c.rows + step - 1) / step);
-  auto* plain = allocate<double>(2 * blocks + 4);
-  plain_rows<<<blocks, 256>>>(data.logits, step, plain, plain + blocks);
-  std::vector<double> expected(2 * blocks);
-  std::vector<float> lse(c.rows), nll(c.rows);
-  CHECK(cudaMemcpy(expected.data(), plain, 2 * blocks * 8, cudaMemcpyDeviceToHost));
-  CHECK(cudaMemcpy(lse.data(), data.lse, c.rows * 4, cudaMemcpyDeviceToHost));
-  CHECK(cudaMemcpy(nll.data(), data.nll, c.rows * 4, cudaMemcpyDeviceToHost));
-  double worst_lse = 0, worst_nll = 0;
-  for (unsigned i = 0; i < blocks; ++i) {
-    const auto far = [](double a, double b) {
-      return std::abs(a - b) / std::max(1.0, std::abs(b));
-    };
-    const double l = far(lse[i * step], expected[i]);
-    const double n = far(nll[i * step], expected[blocks + i]);
-    if (!(l <= worst_lse)) worst_lse = l;
-    if (!(n <= worst_nll)) worst_nll = n;
-  }
-  expect(worst_lse < 2e-5, "lse", worst_lse);
-  expect(worst_nll < 2e-5, "nll", worst_nll);
+  auto* plain = allocate<double>(3 * blocks + 4);
+  check_rows(data, step, plain);
 
-  LogitGradient g{.lse = data.lse, .factor = data.factor, .at_target = data.at_target};
-  g.out_stride = (c.vocab + 7) / 8 * 8;
-  g.out = allocate<__nv_bfloat16>(c.rows * g.out_stride);
-  CHECK(cudaMemset(g.out, 0xFF, c.rows * g.out_stride * 2));
-  fill_with<<<64, 256>>>(data.rounding, c.rows, 0.f);
-  CHECK(logit_gradient(data.logits, g, reinterpret_cast<float*>(data.partials), data.rounding,
-                       nullptr));
-  CHECK(cudaMemset(plain, 0, 16));
-  plain_gradient<<<blocks, 256>>>(data.logits, g, step, plain);
-  double sums[2];
-  CHECK(cudaMemcpy(sums, plain, 16, cudaMemcpyDeviceToHost));
-  const double error = std::sqrt(sums[0] / sums[1]);
-  expect(error < 3e-3, "gradient", error);
+  const auto stride = (c.vocab + 7) / 8 * 8;
+  auto* out = allocate<__nv_bfloat16>(c.rows * stride);
+  LogitGradient g;
+  for (const bool general : {true, false}) {
+    g = data.gradient(out, stride, 0.5f, general ? 0.1f : 0, general ? 0.3f / c.vocab : 0);
+    CHECK(cudaMemset(out, 0xFF, c.rows * stride * 2));
+    fill_with<<<64, 256>>>(data.rounding, c.rows, 0.f);
+    CHECK(logit_gradient(data.logits, g, reinterpret_cast<float*>(data.partials), data.rounding,
+                         nullptr));
+    CHECK(cudaMemset(plain, 0, 16));
+    plain_gradient<<<blocks, 256>>>(data.logits, g, step, plain);
+    double sums[2];
+    CHECK(cudaMemcpy(sums, plain, 16, cudaMemcpyDeviceToHost));
+    const double error = std::sqrt(sums[0] / sums[1]);
+    expect(error < 3e-3, general ? "general gradient" : "gradient", error);
+  }
   check_kept(data, g, step, plain);
   check_exponentials(data, g, step, plain);
   cudaFree(g.out);
@@ -464,11 +525,6 @@ void time(const Case& c, int rounds) {
   cudaDeviceProp properties;
   CHECK(cudaGetDeviceProperties(&properties, 0));
   part.schedule = schedule(c.rows, slab, c.dim, p.schedule.clusters, properties.l2CacheSize);
-  LogitGradient g{.lse = data.lse,
-                  .factor = data.factor,
-                  .at_target = data.at_target,
-                  .out = z,
-                  .out_stride = slab};
   struct Timed {
     const char* name;
     std::function<void()> body;
@@ -484,14 +540,16 @@ void time(const Case& c, int rounds) {
   };
   const Kept kept(p, z, stride, 0.25, false);
   data.forward();
+  const auto gradient = data.gradient(z, slab, 0.5f, 0, 0);
   anchors_below<<<1, 256>>>(data.lse, 0, c.rows, data.anchor);
   Timed all[] = {{"cuBLAS logits", [&] { gemm(c.vocab); }, flop, {}},
                  {"exponentials", [&] { exponentials_of(e); }, flop, {}},
                  {"forward", [&] { data.forward(); }, flop, {}},
+                 {"with moments", [&] { data.forward_with_moments(); }, flop, {}},
                  {"cuBLAS slab", [&] { gemm(slab); }, flop * slab / c.vocab, {}},
                  {"gradient slab",
                   [&] {
-                    CHECK(logit_gradient(part, g, reinterpret_cast<float*>(data.partials),
+                    CHECK(logit_gradient(part, gradient, reinterpret_cast<float*>(data.partials),
                                          data.rounding, nullptr));
                   },
                   flop * slab / c.vocab,

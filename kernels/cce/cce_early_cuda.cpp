@@ -11,6 +11,7 @@ namespace ounce::fused {
 namespace {
 
 constexpr int64_t kExponentialBytes = int64_t{5} << 29;  // at most a 16th of the GPU's memory
+constexpr int64_t kHalvedBytes = int64_t{7} << 28;  // from here on two chunks cost 1 %
 constexpr int64_t kSampled = 128;  // every so many rows of the classifier give the anchors
 constexpr int64_t kWhole = 64;     // entries of the vocabulary
 
@@ -23,6 +24,8 @@ int64_t chunk_rows(int64_t rows, int64_t vocab, const LinearCrossEntropyOptions&
   if (bytes < 0) {
     const auto memory = at::cuda::getCurrentDeviceProperties()->totalGlobalMem;
     bytes = std::min(kExponentialBytes, static_cast<int64_t>(memory / 16));
+    const auto half = (rows / 2 + cce::kPairRows) * 2 * row_stride(vocab);
+    if (2 * rows * vocab > kHalvedBytes) bytes = std::min(bytes, half);
   }
   const auto most = bytes / (2 * row_stride(vocab));
   if (most >= rows) return rows;
@@ -140,7 +143,7 @@ class Chunk {
         reference::Tokens tokens, const Tensor& e, const LinearCrossEntropyOptions& o)
       : slabs_(slabs),
         tokens_(std::move(tokens)),
-        loss_(row_loss(tokens_, vocab, o)),
+        loss_(row_loss(tokens_, vocab, {}, o)),
         e_(e.narrow(0, 0, hidden.size(0))),
         options_(o),
         x_(counted_rows(hidden, tokens_)) {
@@ -169,10 +172,10 @@ class Chunk {
     filter_->find_kept(anchor_, lse_, tokens_, eps, dropped_mass);
   }
 
-  // After that: the upstream of each row's loss -> e with its target's entry, and each row's scale.
+  // After that: the upstream of each row's loss -> e with its target's entry, and each row's scale,
+  // which the hidden states take too.
   void scale(const cce::RowUpstream& upstream) {
     const auto rows = x_.size(0);
-    scaled_ = at::empty_like(x_);
     scale_ = at::empty({rows}, anchor_.options());
     entry_ = at::empty({rows}, anchor_.options());
     C10_CUDA_CHECK(cce::scale_rows({.hidden = x_.const_data_ptr(),
@@ -182,11 +185,10 @@ class Chunk {
                                     .target = tokens_.place.const_data_ptr<int>()},
                                    {.loss = loss_,
                                     .upstream = upstream,
-                                    .lse = lse_,
-                                    .nll = nll_,
+                                    .results = {.lse = lse_, .nll = nll_},
                                     .target_logit = target_logit_.const_data_ptr<float>(),
                                     .sums = sums()},
-                                   exponentials(0, nullptr), scaled_.data_ptr(),
+                                   exponentials(0, nullptr), x_.data_ptr(),
                                    scale_.data_ptr<float>(), entry_.data_ptr<float>(), stream_));
   }
 
@@ -210,11 +212,11 @@ class Chunk {
   // sum [V, D] bf16 or fp32, overwritten by the first chunk.
   void add_weight_gradient(const Tensor& sum, bool first) const {
     if (options_.grad_mode() == GradMode::kFilter) {
-      filter_->add_weight_gradient(sum, e_.narrow(1, 0, sum.size(0)), scaled_, first);
+      filter_->add_weight_gradient(sum, e_.narrow(1, 0, sum.size(0)), x_, first);
       return;
     }
     each_part(sum.size(0), [&](int64_t from, int64_t count) {
-      multiply(sum.narrow(0, from, count), e_.narrow(1, from, count).t(), scaled_, !first);
+      multiply(sum.narrow(0, from, count), e_.narrow(1, from, count).t(), x_, !first);
     });
   }
 
@@ -265,9 +267,9 @@ class Chunk {
   const cce::RowLoss loss_;
   const Tensor e_;
   const LinearCrossEntropyOptions& options_;
-  const Tensor x_;
+  Tensor x_;  // scaled by scale()
   Tensor anchor_, sums_, target_logit_;  // [rows], [rows, 3], [rows]
-  Tensor scaled_, scale_, entry_;        // [rows, D] bf16, [rows], [rows]
+  Tensor scale_, entry_;                 // [rows]
   const float *lse_ = nullptr, *nll_ = nullptr;
   std::optional<Filter> filter_;
   const c10::cuda::CUDAStream stream_ = c10::cuda::getCurrentCUDAStream();
@@ -278,7 +280,9 @@ class Chunk {
 std::string why_not_in_forward(const Tensor& hidden, const Tensor& weight, bool has_bias,
                                const LinearCrossEntropyOptions& o) {
   if (auto refusal = refusal_of(hidden); !refusal.empty()) return refusal;
-  if (auto refusal = refusal_of(o); !refusal.empty()) return refusal;
+  if (hidden.scalar_type() == at::kHalf) return "hidden in Half";  // exponentials need bf16's range
+  if (o.return_correct()) return "return_correct";
+  if (o.return_entropy()) return "return_entropy";
   if (has_bias) return "a bias";
   if (o.label_smoothing() > 0) return "label smoothing";
   if (o.reduction() == Reduction::kNone) return "reduction = none";
@@ -300,8 +304,7 @@ std::tuple<reference::ForwardRows, Tensor, Tensor> linear_cross_entropy_rows_wit
   const auto rows = hidden.size(0), vocab = weight.size(0), step = chunk_rows(rows, vocab, o);
   const auto fp32 = hidden.options().dtype(at::kFloat);
   const bool filters = o.grad_mode() != GradMode::kExact;
-  auto out = empty_outputs(rows, fp32);
-  if (filters) out.dropped_mass = at::empty({rows}, fp32);
+  const auto out = empty_outputs(rows, fp32, o);
   const auto grad_hidden = at::empty(wanted[0] ? hidden.sizes() : at::IntArrayRef{0}, fp32);
   // Rounding a sum of two chunks once more is within the error of a rounded gradient; of many,
   // it would add up.
@@ -311,8 +314,9 @@ std::tuple<reference::ForwardRows, Tensor, Tensor> linear_cross_entropy_rows_wit
                             : at::empty(wanted[1] ? weight.sizes() : at::IntArrayRef{0},
                                         sums_fp32 ? fp32 : weight.options());
   {
-    const Slabs slabs(weight, {}, vocab);
-    const auto sampled = operand(weight.slice(0, 0, vocab, kSampled));
+    const auto type = hidden.scalar_type();
+    const Slabs slabs(weight, {}, type, vocab);
+    const auto sampled = operand(weight.slice(0, 0, vocab, kSampled), type);
     const auto e = at::empty({step, row_stride(vocab)}, hidden.options());
     for (int64_t from = 0; from < rows; from += step) {
       const auto count = std::min(step, rows - from);
@@ -325,7 +329,7 @@ std::tuple<reference::ForwardRows, Tensor, Tensor> linear_cross_entropy_rows_wit
       }
       const auto product = wanted[0] ? grad_hidden.narrow(0, from, count) : grad_hidden;
       if (wanted[0]) chunk.multiply_classifier(product);
-      chunk.scale(row_upstream(upstream, {}));
+      chunk.scale(row_upstream({upstream, {}, {}}));
       if (wanted[0]) chunk.finish_hidden(product, weight);
       if (wanted[1]) chunk.add_weight_gradient(grad_weight, from == 0 && !adds);
     }

@@ -14,7 +14,6 @@ namespace ounce::fused {
 
 // What keeps a call from this path; "" = nothing.
 std::string why_not(const at::Tensor& hidden, const at::Tensor& weight, bool has_bias,
-                    const std::optional<at::Tensor>& class_weight,
                     const LinearCrossEntropyOptions& options);
 
 // target [N] int32 or int64. The floating results are fp32.
@@ -25,15 +24,22 @@ reference::Tokens describe_tokens(const at::Tensor& target,
 
 reference::ForwardRows linear_cross_entropy_rows(const at::Tensor& hidden, const at::Tensor& weight,
                                                  const std::optional<at::Tensor>& bias,
+                                                 const std::optional<at::Tensor>& class_weight,
                                                  const reference::Tokens& tokens,
                                                  const LinearCrossEntropyOptions& options);
 
-// grad_rows and grad_lse [N] or scalar, fp32; grad_lse may be undefined. lse, nll [N]: as forward
-// gave them.
+// [N] or scalar, fp32; all but the loss's may be undefined.
+struct Upstream {
+  at::Tensor loss, lse, entropy;
+};
+// [N], as forward gave them; entropy may be undefined where it has no upstream.
+struct Results {
+  at::Tensor lse, nll, entropy;
+};
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_rows_backward(
-    const at::Tensor& grad_rows, const at::Tensor& grad_lse, const at::Tensor& hidden,
-    const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    const reference::Tokens& tokens, const at::Tensor& lse, const at::Tensor& nll,
+    const Upstream& upstream, const at::Tensor& hidden, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& class_weight,
+    const reference::Tokens& tokens, const Results& results,
     const LinearCrossEntropyOptions& options, std::array<bool, 3> wanted,
     at::ScalarType hidden_type);
 

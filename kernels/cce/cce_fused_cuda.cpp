@@ -12,23 +12,55 @@ int64_t default_workspace_bytes(int64_t rows, int64_t dim) {
   return std::clamp((2 * rows << 24) / dim, int64_t{128} << 20, int64_t{512} << 20);
 }
 
-// fp32 values as three bf16 ones whose products are exact: [..., 3] in a new last dimension.
-Tensor split(const Tensor& x) {
-  const auto high = x.to(at::kBFloat16);
-  const auto rest = x - high;
-  const auto middle = rest.to(at::kBFloat16);
-  return at::stack({high, middle, (rest - middle).to(at::kBFloat16)}, -1);
-}
-// a [M, K] fp32, b [K, N] bf16
-Tensor exact_product(const Tensor& a, const Tensor& b) {
-  const auto parts = split(a).permute({2, 0, 1}).reshape({3 * a.size(0), a.size(1)});
-  return at::mm(parts, b, at::kFloat).view({3, a.size(0), b.size(1)}).sum(0);
-}
+// Class weights as the passes over the logits want them, undefined without smoothing.
+struct ClassWeights {
+  Tensor padded;  // [V, and a tile of zeros at most]
+  Tensor sum;     // undefined = V
 
-// sum_j C_j over a slab, [D'] fp32.
-Tensor column_sum(const Tensor& slab) {
-  return at::mm(at::ones({1, slab.size(0)}, slab.options()), slab, at::kFloat).squeeze(0);
-}
+  ClassWeights(const OptionalTensor& given, int64_t vocab, const at::TensorOptions& fp32,
+               const LinearCrossEntropyOptions& o) {
+    if (o.label_smoothing() == 0) return;
+    const auto weights = given ? given->to(at::kFloat) : at::ones({vocab}, fp32);
+    padded = at::constant_pad_nd(weights, {0, cce::kTileColumns - vocab % cce::kTileColumns});
+    if (given) sum = padded.sum();
+  }
+  const float* from(int64_t entry) const {
+    return padded.defined() ? padded.const_data_ptr<float>() + entry : nullptr;
+  }
+};
+
+// The gradients of the classifier and its bias from slabs of dloss/dlogits, whose rows, in fp16,
+// are yet to be multiplied by `scale`. fp16 has no room for that: the scales' share of the largest
+// goes into x, and the largest into the fp32 product.
+class WeightGradient {
+ public:
+  WeightGradient(const Tensor& x, const Tensor& scale, int64_t dim, bool adds)
+      : x_(x), dim_(dim), adds_(adds) {
+    if (!scale.defined()) return;
+    most_ = scale.amax();
+    share_ = (scale / most_.masked_fill(most_ == 0, 1)).to(x.scalar_type()).unsqueeze(1);
+    x_ = x * share_;
+  }
+
+  // out [S, D] = d^T x, or + it.
+  void put(Tensor out, const Tensor& d) const {
+    if (x_.size(1) == dim_ && !most_.defined()) return multiply(out, d.t(), x_, adds_);
+    auto product = at::mm(d.t(), x_, at::kFloat);
+    if (most_.defined()) product.mul_(most_);
+    product = product.narrow(1, 0, dim_);
+    adds_ ? out.add_(product) : out.copy_(product);
+  }
+  // [S] fp32: d's rows together.
+  Tensor sum(const Tensor& d) const {
+    if (!most_.defined()) return d.sum(0, false, at::kFloat);
+    return at::mm(share_.t(), d, at::kFloat).squeeze(0).mul_(most_);
+  }
+
+ private:
+  Tensor x_, share_, most_;  // the last two undefined for bf16
+  int64_t dim_;
+  bool adds_;
+};
 
 // Entries a slab, so that its dloss/dlogits fit the workspace: of the counts near the largest, the
 // one whose tiles fill the GPU best.
@@ -70,14 +102,11 @@ Tensor rounded_gradient(const Tensor& gradient, const Tensor& factor) {
 }
 
 std::string why_not(const Tensor& hidden, const Tensor& weight, bool has_bias,
-                    const OptionalTensor& class_weight, const LinearCrossEntropyOptions& o) {
+                    const LinearCrossEntropyOptions& o) {
   constexpr int64_t most = std::numeric_limits<int>::max();
   if (auto refusal = refusal_of(hidden); !refusal.empty()) return refusal;
   if (hidden.numel() == 0) return "an empty hidden";
   if (hidden.numel() / hidden.size(-1) > most || weight.size(0) > most) return "2^31 rows";
-  if (auto refusal = refusal_of(o); !refusal.empty()) return refusal;
-  if (o.label_smoothing() > 0 && o.softcap() > 0) return "label smoothing with a softcap";
-  if (o.label_smoothing() > 0 && class_weight) return "label smoothing with class weights";
   if (o.grad_mode() != GradMode::kExact) {
     if (o.recompute() == Recompute::kAlways)
       return "a filter with recompute = always (return_lse and return_entropy imply it)";
@@ -124,61 +153,76 @@ reference::Tokens describe_tokens(const Tensor& target, const OptionalTensor& to
 
 reference::ForwardRows linear_cross_entropy_rows(const Tensor& hidden, const Tensor& weight,
                                                  const OptionalTensor& bias,
+                                                 const OptionalTensor& class_weight,
                                                  const reference::Tokens& tokens,
                                                  const LinearCrossEntropyOptions& o) {
   const c10::cuda::CUDAGuard guard(hidden.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto rows = hidden.size(0), vocab = weight.size(0);
-  const auto x = operand(hidden);
+  const auto x = operand(hidden, hidden.scalar_type());
   const auto fp32 = hidden.options().dtype(at::kFloat);
-  auto sums = at::empty({rows, 2}, fp32), target_logit = at::empty({rows}, fp32);
-  auto* sum = static_cast<cce::Partial*>(sums.data_ptr());
-  C10_CUDA_CHECK(cce::start_rows(rows, sum, nullptr, target_logit.data_ptr<float>(), stream));
-  Tensor columns;
-  const Slabs slabs(weight, bias, vocab);
-  slabs.each([&](int64_t from, const Tensor& slab, const float* slab_bias) {
-    const auto in_slab = from == 0 ? tokens.place : tokens.place - from;
-    const auto logits = logits_of(x, slab, slab_bias, in_slab, o);
-    auto partials = at::empty({logits.schedule.partials(), 2}, fp32);
-    C10_CUDA_CHECK(cce::add_exponentials(logits, static_cast<cce::Partial*>(partials.data_ptr()),
-                                         sum, target_logit.data_ptr<float>(), stream));
-    if (o.label_smoothing() == 0) return;
-    const auto sum = column_sum(slab);
-    columns = columns.defined() ? columns.add_(sum) : sum;
-  });
-  const auto out = empty_outputs(rows, fp32);
-  C10_CUDA_CHECK(cce::finish_rows(rows, row_loss(tokens, vocab, o), sum,
-                                  target_logit.const_data_ptr<float>(), row_outputs(out, 0),
-                                  stream));
-  if (o.label_smoothing() > 0) {
-    auto logits = exact_product(columns.unsqueeze(0), x.t()).squeeze(0);
-    if (bias) logits += bias->sum(at::kFloat);
-    const auto spread = out.lse - logits * (o.logit_scale() / static_cast<double>(vocab));
-    const auto weights = tokens.weight * o.label_smoothing();
-    out.loss.add_((spread * weights).masked_fill_(tokens.counted.logical_not(), 0));
+  const ClassWeights classes(class_weight, vocab, fp32, o);
+  const auto loss = row_loss(tokens, vocab, classes.sum, o);
+  const auto out = empty_outputs(rows, fp32, o);
+  auto target_logit = at::empty({rows}, fp32);
+  auto* logit = target_logit.data_ptr<float>();
+  // T: Partial or Moments. add(logits, first entry, slots, sums)
+  const auto run = [&]<class T>(const T*, const auto& start, const auto& add) {
+    constexpr int64_t width = sizeof(T) / sizeof(float);
+    auto sums = at::empty({rows, width}, fp32);
+    auto* sum = static_cast<T*>(sums.data_ptr());
+    C10_CUDA_CHECK(start(sum));
+    Slabs(weight, bias, x.scalar_type(), vocab)
+        .each([&](int64_t from, const Tensor& slab, const float* slab_bias) {
+          const auto in_slab = from == 0 ? tokens.place : tokens.place - from;
+          const auto logits = logits_of(x, slab, slab_bias, in_slab, o);
+          auto slots = at::empty({logits.schedule.partials(), width}, fp32);
+          C10_CUDA_CHECK(add(logits, from, static_cast<T*>(slots.data_ptr()), sum));
+        });
+    C10_CUDA_CHECK(cce::finish_rows(rows, loss, sum, logit, row_outputs(out, 0), stream));
+  };
+  const bool plain = !o.return_correct() && !o.return_entropy() && o.label_smoothing() == 0;
+  if (plain && x.scalar_type() == at::kBFloat16) {
+    run(
+        static_cast<cce::Partial*>(nullptr),
+        [&](auto* sums) { return cce::start_rows(rows, sums, nullptr, logit, stream); },
+        [&](const auto& logits, int64_t, auto* slots, auto* sums) {
+          return cce::add_exponentials(logits, slots, sums, logit, stream);
+        });
+  } else {
+    run(
+        static_cast<cce::Moments*>(nullptr),
+        [&](auto* sums) { return cce::start_rows(rows, sums, logit, stream); },
+        [&](const auto& logits, int64_t from, auto* slots, auto* sums) {
+          return cce::add_moments(logits, classes.from(from), slots, sums, logit, stream);
+        });
   }
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
-    const Tensor& grad_rows, const Tensor& grad_lse, const Tensor& hidden, const Tensor& weight,
-    const OptionalTensor& bias, const reference::Tokens& tokens, const Tensor& lse,
-    const Tensor& nll, const LinearCrossEntropyOptions& o, std::array<bool, 3> wanted,
+    const Upstream& upstream, const Tensor& hidden, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& class_weight, const reference::Tokens& tokens,
+    const Results& results, const LinearCrossEntropyOptions& o, std::array<bool, 3> wanted,
     at::ScalarType hidden_type) {
   const c10::cuda::CUDAGuard guard(hidden.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto rows = hidden.size(0), dim = hidden.size(1), vocab = weight.size(0);
   const auto fp32 = hidden.options().dtype(at::kFloat);
-  auto factor = at::empty({rows}, fp32), at_target = at::empty({rows}, fp32),
-       flat = at::empty({rows}, fp32);
-  C10_CUDA_CHECK(cce::upstream_rows(rows, row_loss(tokens, vocab, o),
-                                    row_upstream(grad_rows, grad_lse), lse.const_data_ptr<float>(),
-                                    nll.const_data_ptr<float>(), factor.data_ptr<float>(),
-                                    at_target.data_ptr<float>(), flat.data_ptr<float>(), stream));
+  const bool half = hidden.scalar_type() == at::kHalf;
+  const ClassWeights classes(class_weight, vocab, fp32, o);
+  auto factors = at::empty({rows, 4}, fp32), at_target = at::empty({rows}, fp32);
+  const auto scale = half ? at::empty({rows}, fp32) : Tensor();
+  auto* factor = static_cast<cce::RowFactors*>(factors.data_ptr());
+  C10_CUDA_CHECK(cce::upstream_rows(
+      rows, row_loss(tokens, vocab, classes.sum, o), row_upstream(upstream),
+      {.lse = floats_of(results.lse),
+       .nll = floats_of(results.nll),
+       .entropy = floats_of(results.entropy)},
+      factor, at_target.data_ptr<float>(), half ? scale.data_ptr<float>() : nullptr, stream));
   const auto x = counted_rows(hidden, tokens);
-  const bool smooths = o.label_smoothing() > 0;
-
-  const Slabs slabs(weight, bias, slab_entries(rows, vocab, x.size(1), o));
+  const WeightGradient weight_gradient(x, scale, dim, o.main_grad().defined());
+  const Slabs slabs(weight, bias, x.scalar_type(), slab_entries(rows, vocab, x.size(1), o));
   auto dlogits = at::empty({rows, aligned(slabs.entries())}, x.options());
   auto rounding = at::zeros({rows}, fp32);
   const auto grad_x = wanted[0] ? at::empty(x.sizes(), fp32) : Tensor();
@@ -186,48 +230,30 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_rows_backward(
   const bool adds = o.main_grad().defined();
   const auto grad_weight = !wanted[1] ? none : adds ? o.main_grad() : at::empty_like(weight);
   Tensor grad_bias = at::empty({wanted[2] ? vocab : 0}, weight.options());
-  Tensor row_of_weight;  // what smoothing takes from every row of its gradient
-  if (smooths && wanted[1]) {
-    row_of_weight = exact_product(flat.unsqueeze(0), x).narrow(1, 0, dim);
-  }
   slabs.each([&](int64_t from, const Tensor& slab, const float* slab_bias) {
     const auto entries = slab.size(0);
     const auto in_slab = from == 0 ? tokens.place : tokens.place - from;
     const auto logits = logits_of(x, slab, slab_bias, in_slab, o);
     auto partials = at::empty({logits.schedule.partials()}, fp32);
-    C10_CUDA_CHECK(cce::logit_gradient(logits,
-                                       {.lse = lse.const_data_ptr<float>(),
-                                        .factor = factor.const_data_ptr<float>(),
-                                        .at_target = at_target.const_data_ptr<float>(),
-                                        .out = dlogits.data_ptr(),
-                                        .out_stride = dlogits.stride(0)},
-                                       partials.data_ptr<float>(), rounding.data_ptr<float>(),
-                                       stream));
+    C10_CUDA_CHECK(cce::logit_gradient(
+        logits,
+        {.rows = factor,
+         .at_target = at_target.const_data_ptr<float>(),
+         .general = half || classes.padded.defined() || upstream.entropy.defined(),
+         .class_weight = classes.from(from),
+         .out = dlogits.data_ptr(),
+         .out_stride = dlogits.stride(0)},
+        partials.data_ptr<float>(), rounding.data_ptr<float>(), stream));
     const auto d = dlogits.narrow(1, 0, entries);
-    if (wanted[0]) {
-      multiply(grad_x, d, slab, from > 0);
-      if (smooths) grad_x.sub_(flat.unsqueeze(1) * column_sum(slab));
-    }
-    if (wanted[1]) {
-      auto out = grad_weight.narrow(0, from, entries);
-      if (x.size(1) != dim) {
-        const auto product = at::mm(d.t(), x, at::kFloat).narrow(1, 0, dim);
-        adds ? out.add_(product) : out.copy_(product);
-      } else {
-        multiply(out, d.t(), x, adds);
-      }
-      if (smooths) out.sub_(row_of_weight);
-    }
-    if (wanted[2]) {
-      const auto sum = d.sum(0, false, at::kFloat);
-      grad_bias.narrow(0, from, entries).copy_(smooths ? sum - flat.sum() : sum);
-    }
+    if (wanted[0]) multiply(grad_x, d, slab, from > 0);
+    if (wanted[1]) weight_gradient.put(grad_weight.narrow(0, from, entries), d);
+    if (wanted[2]) grad_bias.narrow(0, from, entries).copy_(weight_gradient.sum(d));
   });
   const auto grad_hidden = at::empty(wanted[0] ? hidden.sizes() : at::IntArrayRef{0},
                                      hidden.options().dtype(hidden_type));
   // What rounding took from or gave to a row's sum goes to its target: exact where the classifier's
   // rows are alike, and their errors would add up.
-  if (wanted[0]) finish_hidden(grad_hidden, grad_x, {}, rounding.neg_(), weight, tokens.place);
+  if (wanted[0]) finish_hidden(grad_hidden, grad_x, scale, rounding.neg_(), weight, tokens.place);
   return {grad_hidden, adds ? none : grad_weight, grad_bias};
 }
 

@@ -4,8 +4,7 @@
 
 namespace ounce::fused {
 
-std::string why_not(const at::Tensor&, const at::Tensor&, bool, const std::optional<at::Tensor>&,
-                    const LinearCrossEntropyOptions&) {
+std::string why_not(const at::Tensor&, const at::Tensor&, bool, const LinearCrossEntropyOptions&) {
   return kNotBuilt;
 }
 
@@ -38,15 +37,16 @@ void scale_gradient(at::Tensor&, const at::Tensor&) {
 
 reference::ForwardRows linear_cross_entropy_rows(const at::Tensor&, const at::Tensor&,
                                                  const std::optional<at::Tensor>&,
+                                                 const std::optional<at::Tensor>&,
                                                  const reference::Tokens&,
                                                  const LinearCrossEntropyOptions&) {
   fail(Fault::kProblem, "[linear_cross_entropy] the fused path is not built");
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_rows_backward(
-    const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-    const std::optional<at::Tensor>&, const reference::Tokens&, const at::Tensor&,
-    const at::Tensor&, const LinearCrossEntropyOptions&, std::array<bool, 3>, at::ScalarType) {
+    const Upstream&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+    const std::optional<at::Tensor>&, const reference::Tokens&, const Results&,
+    const LinearCrossEntropyOptions&, std::array<bool, 3>, at::ScalarType) {
   fail(Fault::kProblem, "[linear_cross_entropy] the fused path is not built");
 }
 

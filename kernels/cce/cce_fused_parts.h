@@ -40,22 +40,23 @@ inline int clusters() {
   return counts[c10::cuda::current_device()];
 }
 
-// x [rows, D] as a bf16 matrix that the copy engine reads: itself, or a copy with zeros behind D.
-inline Tensor operand(const Tensor& x) {
+// x [rows, D] as a matrix of 16 bits that the copy engine reads: itself, or a copy with zeros
+// behind D.
+inline Tensor operand(const Tensor& x, at::ScalarType type) {
   const auto dim = x.size(1), padding = aligned(dim) - dim;
-  if (padding > 0) return at::constant_pad_nd(x.to(at::kBFloat16), {0, padding});
-  if (x.scalar_type() == at::kBFloat16 && is_aligned(x)) return x;
-  return x.to(x.options().dtype(at::kBFloat16), /*non_blocking=*/false, /*copy=*/true,
+  if (padding > 0) return at::constant_pad_nd(x.to(type), {0, padding});
+  if (x.scalar_type() == type && is_aligned(x)) return x;
+  return x.to(x.options().dtype(type), /*non_blocking=*/false, /*copy=*/true,
               at::MemoryFormat::Contiguous);
 }
 
 // The classifier, all of it or in slabs of copies.
 class Slabs {
  public:
-  Slabs(const Tensor& weight, const OptionalTensor& bias, int64_t entries)
-      : weight_(weight), entries_(entries) {
+  Slabs(const Tensor& weight, const OptionalTensor& bias, at::ScalarType type, int64_t entries)
+      : weight_(weight), type_(type), entries_(entries) {
     if (bias) bias_ = bias->to(at::kFloat).contiguous();
-    const bool copies = weight.scalar_type() != at::kBFloat16 || !is_aligned(weight) ||
+    const bool copies = weight.scalar_type() != type || !is_aligned(weight) ||
                         aligned(weight.size(1)) != weight.size(1);
     const int64_t most = kSlabBytes / (2 * std::max<int64_t>(1, aligned(weight.size(1))));
     constexpr int64_t tiles = 2 * cce::kTileColumns;  // whole tiles of a filter too
@@ -67,7 +68,7 @@ class Slabs {
   void each(const F& f) const {
     for (int64_t from = 0; from < weight_.size(0); from += entries_) {
       const auto slab =
-          operand(weight_.narrow(0, from, std::min(entries_, weight_.size(0) - from)));
+          operand(weight_.narrow(0, from, std::min(entries_, weight_.size(0) - from)), type_);
       f(from, slab, bias_.defined() ? bias_.const_data_ptr<float>() + from : nullptr);
     }
   }
@@ -76,6 +77,7 @@ class Slabs {
  private:
   const Tensor weight_;
   Tensor bias_;
+  at::ScalarType type_;
   int64_t entries_;
 };
 
@@ -90,6 +92,7 @@ inline cce::Logits logits_of(const Tensor& x, const Tensor& slab, const float* b
                              const Tensor& target, const LinearCrossEntropyOptions& o) {
   return {.hidden = x.const_data_ptr(),
           .weight = slab.const_data_ptr(),
+          .is_half = x.scalar_type() == at::kHalf,
           .rows = x.size(0),
           .vocab = slab.size(0),
           .dim = x.size(1),
@@ -129,16 +132,13 @@ inline std::string refusal_of(const Tensor& hidden) {
   if (!hidden.is_cuda()) return c10::str("tensors on ", hidden.device());
   const c10::cuda::CUDAGuard guard(hidden.device());
   if (clusters() == 0) return "a GPU that is not of the Hopper generation";
-  if (hidden.scalar_type() != at::kBFloat16) return c10::str("hidden in ", hidden.scalar_type());
-  return "";
-}
-inline std::string refusal_of(const LinearCrossEntropyOptions& o) {
-  if (o.return_correct()) return "return_correct";
-  return o.return_entropy() ? "return_entropy" : "";
+  const auto type = hidden.scalar_type();
+  return type == at::kBFloat16 || type == at::kHalf ? "" : c10::str("hidden in ", type);
 }
 
+// class_sum: a scalar, or undefined = V.
 inline cce::RowLoss row_loss(const reference::Tokens& tokens, int64_t vocab,
-                             const LinearCrossEntropyOptions& o) {
+                             const Tensor& class_sum, const LinearCrossEntropyOptions& o) {
   return {.counted = tokens.counted.const_data_ptr<bool>(),
           .weight = tokens.weight.const_data_ptr<float>(),
           .hit_weight = tokens.hit_weight.const_data_ptr<float>(),
@@ -146,28 +146,40 @@ inline cce::RowLoss row_loss(const reference::Tokens& tokens, int64_t vocab,
           .z_loss = static_cast<float>(o.z_loss()),
           .softcap = static_cast<float>(o.softcap()),
           .logit_scale = static_cast<float>(o.logit_scale()),
-          .vocab = static_cast<float>(vocab)};
+          .vocab = static_cast<float>(vocab),
+          .class_sum = class_sum.defined() ? class_sum.const_data_ptr<float>() : nullptr};
 }
 
-// [N] or a scalar of fp32; both outlive the call's kernels.
-inline cce::RowUpstream row_upstream(const Tensor& loss, const Tensor& lse) {
-  const auto stride = [](const Tensor& t) { return t.numel() == 1 ? 0 : t.stride(0); };
-  return {.loss = loss.const_data_ptr<float>(),
-          .loss_stride = stride(loss),
-          .lse = lse.defined() ? lse.const_data_ptr<float>() : nullptr,
-          .lse_stride = lse.defined() ? stride(lse) : 0};
+inline const float* floats_of(const Tensor& t) {
+  return t.defined() ? t.const_data_ptr<float>() : nullptr;
+}
+
+// They outlive the call's kernels.
+inline cce::RowUpstream row_upstream(const Upstream& u) {
+  const auto stride = [](const Tensor& t) {
+    return !t.defined() || t.numel() == 1 ? 0 : t.stride(0);
+  };
+  return {.loss = floats_of(u.loss),
+          .loss_stride = stride(u.loss),
+          .lse = floats_of(u.lse),
+          .lse_stride = stride(u.lse),
+          .entropy = floats_of(u.entropy),
+          .entropy_stride = stride(u.entropy)};
 }
 
 // Empty outputs of forward, to be written by finish_rows.
-inline reference::ForwardRows empty_outputs(int64_t rows, const at::TensorOptions& fp32) {
-  const auto of_rows = [&] { return at::empty({rows}, fp32); };
-  return {.loss = of_rows(),
-          .lse = of_rows(),
-          .z_loss = of_rows(),
-          .nll = of_rows(),
-          .correct = at::empty({0}, fp32.dtype(at::kBool)),
-          .entropy = at::empty({0}, fp32),
-          .dropped_mass = at::empty({0}, fp32)};
+inline reference::ForwardRows empty_outputs(int64_t rows, const at::TensorOptions& fp32,
+                                            const LinearCrossEntropyOptions& o) {
+  const auto of_rows = [&](bool full, at::ScalarType type) {
+    return at::empty({full ? rows : 0}, fp32.dtype(type));
+  };
+  return {.loss = of_rows(true, at::kFloat),
+          .lse = of_rows(true, at::kFloat),
+          .z_loss = of_rows(true, at::kFloat),
+          .nll = of_rows(true, at::kFloat),
+          .correct = of_rows(o.return_correct(), at::kBool),
+          .entropy = of_rows(o.return_entropy(), at::kFloat),
+          .dropped_mass = of_rows(o.grad_mode() != GradMode::kExact, at::kFloat)};
 }
 // Those of the rows from `from` on.
 inline cce::RowOutputs row_outputs(const reference::ForwardRows& out, int64_t from) {
@@ -175,28 +187,34 @@ inline cce::RowOutputs row_outputs(const reference::ForwardRows& out, int64_t fr
   return {.lse = place(out.lse),
           .nll = place(out.nll),
           .loss = place(out.loss),
-          .z_loss = place(out.z_loss)};
+          .z_loss = place(out.z_loss),
+          .entropy = out.entropy.numel() > 0 ? place(out.entropy) : nullptr,
+          .correct = out.correct.numel() > 0 ? out.correct.data_ptr<bool>() + from : nullptr};
 }
 
-// out [N, D] bf16 or fp32 = scale (sum + entry C_y); scale may be undefined. sum [N, >= D] fp32,
-// which may be out.
+inline cce::Type type_of(const Tensor& t) {
+  if (t.scalar_type() == at::kFloat) return cce::Type::kFloat;
+  return t.scalar_type() == at::kHalf ? cce::Type::kHalf : cce::Type::kBf16;
+}
+
+// out [N, D] of 16 bits or fp32 = scale (sum + entry C_y); scale may be undefined. sum [N, >= D]
+// fp32, which may be out.
 inline void finish_hidden(Tensor out, const Tensor& sum, const Tensor& scale, const Tensor& entry,
                           const Tensor& weight, const Tensor& target) {
   const auto rows = sum.size(0), dim = weight.size(1);
-  C10_CUDA_CHECK(
-      cce::finish_hidden(rows, dim,
-                         {.sum = sum.const_data_ptr<float>(),
-                          .sum_stride = sum.stride(0),
-                          .scale = scale.defined() ? scale.const_data_ptr<float>() : nullptr,
-                          .entry = entry.const_data_ptr<float>(),
-                          .weight = weight.const_data_ptr(),
-                          .weight_is_fp32 = weight.scalar_type() == at::kFloat,
-                          .weight_stride = weight.stride(0),
-                          .weight_column_stride = weight.stride(1),
-                          .target = target.const_data_ptr<int>(),
-                          .out = out.data_ptr(),
-                          .out_is_fp32 = out.scalar_type() == at::kFloat},
-                         c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(cce::finish_hidden(rows, dim,
+                                    {.sum = sum.const_data_ptr<float>(),
+                                     .sum_stride = sum.stride(0),
+                                     .scale = floats_of(scale),
+                                     .entry = entry.const_data_ptr<float>(),
+                                     .weight = weight.const_data_ptr(),
+                                     .weight_type = type_of(weight),
+                                     .weight_stride = weight.stride(0),
+                                     .weight_column_stride = weight.stride(1),
+                                     .target = target.const_data_ptr<int>(),
+                                     .out = out.data_ptr(),
+                                     .out_type = type_of(out)},
+                                    c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace ounce::fused

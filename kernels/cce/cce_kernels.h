@@ -15,6 +15,7 @@ namespace ounce::cce {
 struct Logits {
   const void* hidden = nullptr;  // [rows, dim] bf16, 16-byte aligned
   const void* weight = nullptr;  // [vocab, dim] bf16, 16-byte aligned
+  bool is_half = false;          // both, and what a pass writes, are fp16; not for exponentials()
   int64_t rows = 0, vocab = 0, dim = 0;
   int64_t hidden_stride = 0, weight_stride = 0;  // elements, multiples of 8
   const float* bias = nullptr;                   // [vocab] or null
@@ -27,20 +28,38 @@ struct Logits {
 struct Partial {
   float largest, sum;
 };
+// What more can be asked of a row's entries but the target.
+struct Moments {
+  float largest, sum;  // as Partial
+  float product;       // sum of 2^d d, d the distance from the largest logit in powers of two
+  float linear;        // sum of w_j z_j, the target's too
+  float top, before;   // the largest z; that of the entries before the target
+};
 
 // Adds every row's entries but the target to sums [rows], which start as {-inf, 0}; puts the
 // target's logit into target_logit [rows] where this slab has it. Scratch: schedule.partials()
-// elements.
+// elements. bf16 only.
 cudaError_t add_exponentials(const Logits& logits, Partial* partials, Partial* sums,
                              float* target_logit, cudaStream_t stream);
+// The same for sums that start as {-inf, 0, 0, 0, -inf, -inf}. class_weight: 8-byte aligned, [vocab
+// and zeros up to a whole tile], or null, which leaves `linear` 0.
+cudaError_t add_moments(const Logits& logits, const float* class_weight, Moments* partials,
+                        Moments* sums, float* target_logit, cudaStream_t stream);
+
+// Of a row: dloss/dz = 2^l (factor + log_factor l) - flat w at the entries but the target, where l
+// = z - base in powers of two and w is the entry's class weight.
+struct RowFactors {
+  float base, factor, log_factor, flat;
+};
 
 // out [rows, vocab] bf16, `out_stride` elements (a multiple of 8) between rows, 16-byte aligned:
-// at_target_m at the target, factor_m exp(z - lse_m) (1 - (z / softcap)^2) elsewhere; 0 in rows
-// with factor 0, whose hidden state must be finite.
+// at_target_m at the target, dloss/dz (1 - (z / softcap)^2) elsewhere. The hidden state of a row
+// with factors 0 must be finite, its base large.
 struct LogitGradient {
-  const float* lse = nullptr;        // [rows]
-  const float* factor = nullptr;     // [rows]
-  const float* at_target = nullptr;  // [rows]
+  const RowFactors* rows = nullptr;     // [rows]
+  const float* at_target = nullptr;     // [rows]
+  bool general = false;                 // false: log_factor and flat are 0; fp16 needs true
+  const float* class_weight = nullptr;  // as above; null where flat is 0
   void* out = nullptr;
   int64_t out_stride = 0;
 };

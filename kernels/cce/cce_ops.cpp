@@ -138,9 +138,9 @@ Gradients backward_entry(const OptionalTensor& grad_loss, const OptionalTensor& 
                          const OptionalTensor& grad_entropy, const Tensor& hidden,
                          const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
                          const OptionalTensor& token_weight, const OptionalTensor& class_weight,
-                         const Tensor& lse, const Tensor& nll, int64_t ignore_index,
-                         c10::string_view reduction, int64_t shift, double label_smoothing,
-                         double z_loss, double softcap, double logit_scale,
+                         const Tensor& lse, const Tensor& nll, const OptionalTensor& entropy,
+                         int64_t ignore_index, c10::string_view reduction, int64_t shift,
+                         double label_smoothing, double z_loss, double softcap, double logit_scale,
                          c10::string_view grad_mode, std::optional<double> filter_eps,
                          int64_t workspace_bytes, bool deterministic, at::ScalarType accum,
                          c10::string_view implementation, Wanted wanted,
@@ -161,8 +161,8 @@ Gradients backward_entry(const OptionalTensor& grad_loss, const OptionalTensor& 
                            .implementation(std::string(implementation))
                            .main_grad(main_grad.value_or(Tensor()));
   return kernel(grad_loss, grad_lse, grad_entropy,
-                {hidden, weight, target, bias, token_weight, class_weight}, {lse, nll}, options,
-                wanted);
+                {hidden, weight, target, bias, token_weight, class_weight}, {lse, nll, entropy},
+                options, wanted);
 }
 
 OptionalTensor when_defined(const Tensor& t) {
@@ -203,11 +203,11 @@ Gradients call_backward(const OptionalTensor& grad_loss, const OptionalTensor& g
                              .findSchemaOrThrow("ounce::linear_cross_entropy_backward", "")
                              .typed<decltype(backward_entry<backward_kernel>)>();
   return op.call(grad_loss, grad_lse, grad_entropy, in.hidden, in.weight, in.target, in.bias,
-                 in.token_weight, in.class_weight, saved.lse, saved.nll, o.ignore_index(),
-                 kReductions.text(o.reduction()), o.shift(), o.label_smoothing(), o.z_loss(),
-                 o.softcap(), o.logit_scale(), kGradModes.text(o.grad_mode()), o.filter_eps(),
-                 o.workspace_bytes(), o.deterministic(), o.accum(), o.implementation(), wanted,
-                 when_defined(o.main_grad()));
+                 in.token_weight, in.class_weight, saved.lse, saved.nll, saved.entropy,
+                 o.ignore_index(), kReductions.text(o.reduction()), o.shift(), o.label_smoothing(),
+                 o.z_loss(), o.softcap(), o.logit_scale(), kGradModes.text(o.grad_mode()),
+                 o.filter_eps(), o.workspace_bytes(), o.deterministic(), o.accum(),
+                 o.implementation(), wanted, when_defined(o.main_grad()));
 }
 
 // --- autograd and autocast ----------------------------------------------------------------------
@@ -257,7 +257,8 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
                            token_weight.value_or(Tensor()),
                            class_weight.value_or(Tensor()),
                            lse,
-                           nll};
+                           nll,
+                           options.return_entropy() ? entropy : Tensor()};
     ctx->saved_data["early"] = any(early);
     if (asked[1]) was_added_to(options);
     if (any(early)) {
@@ -294,7 +295,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
           call_backward(early ? std::nullopt : when_defined(of_loss), when_defined(of_lse),
                         when_defined(of_entropy),
                         {saved[0], saved[1], saved[2], bias, token_weight, class_weight},
-                        {saved[6], saved[7]}, options, wanted);
+                        {saved[6], saved[7], when_defined(saved[8])}, options, wanted);
       if (wanted[1]) was_added_to(options);
       if (wanted[0]) out[0] = grad_hidden;
       if (wanted[1] && !options.main_grad().defined()) out[1] = grad_weight;
@@ -304,7 +305,7 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     const auto put = [&](int place, const Tensor& gradient) {
       out[place] = out[place].defined() ? out[place].add_(gradient) : gradient;
     };
-    if (wanted[0]) put(0, call_rounded(saved[8], of_loss, saved[0].scalar_type()));
+    if (wanted[0]) put(0, call_rounded(saved[9], of_loss, saved[0].scalar_type()));
     // Nobody needs these again unless the graph is kept.
     const bool keep = torch::autograd::get_current_graph_task_keep_graph();
     const auto scaled = [&](const Tensor& gradient) {
@@ -312,8 +313,8 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
       call_scale(own, of_loss);
       return own;
     };
-    if (wanted[1]) put(1, scaled(saved[9]));
-    if (wanted[2]) put(3, scaled(saved[10]));
+    if (wanted[1]) put(1, scaled(saved[10]));
+    if (wanted[2]) put(3, scaled(saved[11]));
     return out;
   }
 };
@@ -326,11 +327,13 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
                                const Tensor& hidden, const Tensor& weight, const Tensor& target,
                                const OptionalTensor& bias, const OptionalTensor& token_weight,
                                const OptionalTensor& class_weight, const Tensor& lse,
-                               const Tensor& nll, const CceOptions& options, Wanted wanted) {
+                               const Tensor& nll, const OptionalTensor& entropy,
+                               const CceOptions& options, Wanted wanted) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [grad_hidden, grad_weight, grad_bias] = call_backward(
-        grad_loss, grad_lse, grad_entropy,
-        {hidden, weight, target, bias, token_weight, class_weight}, {lse, nll}, options, wanted);
+    auto [grad_hidden, grad_weight, grad_bias] =
+        call_backward(grad_loss, grad_lse, grad_entropy,
+                      {hidden, weight, target, bias, token_weight, class_weight},
+                      {lse, nll, entropy}, options, wanted);
     return {grad_hidden, grad_weight, grad_bias};
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -363,7 +366,7 @@ Gradients backward_autograd(const OptionalTensor& grad_loss, const OptionalTenso
                             const Saved& saved, CceOptions o, Wanted wanted) {
   auto out = BackwardFunction::apply(grad_loss, grad_lse, grad_entropy, in.hidden, in.weight,
                                      in.target, in.bias, in.token_weight, in.class_weight,
-                                     saved.lse, saved.nll, o, wanted);
+                                     saved.lse, saved.nll, saved.entropy, o, wanted);
   return {out[0], out[1], out[2]};
 }
 
@@ -430,7 +433,8 @@ TORCH_LIBRARY_FRAGMENT(ounce, m) {
       "linear_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, "
       "Tensor hidden, "
       "Tensor weight, Tensor target, Tensor? bias, Tensor? token_weight, Tensor? class_weight, "
-      "Tensor lse, Tensor nll, *, int ignore_index, str reduction, int shift, float "
+      "Tensor lse, Tensor nll, Tensor? entropy, *, int ignore_index, str reduction, int shift, "
+      "float "
       "label_smoothing, float z_loss, "
       "float softcap, float logit_scale, str grad_mode, float? filter_eps, int workspace_bytes, "
       "bool deterministic, ScalarType accum, str implementation, bool[3] wanted, "

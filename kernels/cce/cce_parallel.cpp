@@ -155,7 +155,7 @@ class VocabParallel : public torch::autograd::Function<VocabParallel> {
                                       bias && ctx->needs_input_grad(3)};
     auto [grad_hidden, grad_weight, grad_bias] =
         detail::backward(of_rows, of_lse, {}, {hidden, weight, saved[3], bias, here, {}},
-                         {saved[5], saved[6]}, call.local_options(), wanted, compute);
+                         {saved[5], saved[6], {}}, call.local_options(), wanted, compute);
     if (wanted[0]) {
       std::vector<Tensor> sum = {grad_hidden};
       call.shard.group->allreduce(sum)->wait();

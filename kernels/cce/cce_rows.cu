@@ -3,6 +3,7 @@
 #include <ounce/kernels/cce/cce_rows.h>
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -53,6 +54,29 @@ __device__ void add(const Slots<Partial>& slots, Partial& sum) {
   float all = sum.sum * exp2f(sum.largest - base);
   for (int i = 0; i < slots.count; ++i) all += slots[i].sum * exp2f(slots[i].largest - base);
   sum = {top, all};
+}
+// Moments relative to another largest logit.
+__device__ float product_from(const Moments& m, float base) {
+  if (m.sum == 0) return 0;
+  const float distance = m.largest - base;
+  return exp2f(distance) * (m.product + distance * m.sum);
+}
+__device__ void add(const Slots<Moments>& slots, Moments& sum) {
+  float largest = sum.largest;
+  for (int i = 0; i < slots.count; ++i) largest = fmaxf(largest, slots[i].largest);
+  const float base = largest == -INFINITY ? 0 : largest;
+  Moments all = {
+      largest,   sum.sum * exp2f(sum.largest - base), product_from(sum, base), sum.linear, sum.top,
+      sum.before};
+  for (int i = 0; i < slots.count; ++i) {
+    const Moments& slot = slots[i];
+    all.sum += slot.sum * exp2f(slot.largest - base);
+    all.product += product_from(slot, base);
+    all.linear += slot.linear;
+    all.top = fmaxf(all.top, slot.top);
+    all.before = fmaxf(all.before, slot.before);
+  }
+  sum = all;
 }
 __device__ void add(const Slots<AnchoredSum>& slots, AnchoredSum& sum) {
   for (int i = 0; i < slots.count; ++i) {
@@ -126,12 +150,39 @@ __device__ void finish_row(int64_t row, const RowLoss& l, float base, float sum,
   out.loss[row] = counted ? (nll * l.hit_weight[row] * (1 - l.smoothing) + square) * weight : 0;
 }
 
+// After that. `y`: the target's logit.
+__device__ void finish_moments(int64_t row, const RowLoss& l, const Moments& m, float y,
+                               const RowOutputs& out) {
+  const bool counted = l.counted[row];
+  if (out.correct != nullptr) out.correct[row] = counted && y > m.before && y >= m.top;
+  if (out.entropy != nullptr) {
+    const float y2 = y * kLog2e, top = fmaxf(m.largest, y2);
+    const float others = m.sum == 0 ? 0 : m.sum * exp2f(m.largest - top), hit = exp2f(y2 - top);
+    const float product = product_from(m, top) + (hit == 0 ? 0 : hit * (y2 - top));
+    const float entropy = logf(hit + others) - product / ((hit + others) * kLog2e);
+    out.entropy[row] = counted ? entropy : 0;
+  }
+  if (l.smoothing > 0 && counted) {
+    const float mass = l.class_sum == nullptr ? 1 : *l.class_sum / l.vocab;
+    out.loss[row] += l.weight[row] * l.smoothing * (mass * out.lse[row] - m.linear / l.vocab);
+  }
+}
+
 __global__ void finish_partial(int64_t rows, const __grid_constant__ RowLoss loss,
                                const Partial* sums, const float* target_logit,
                                const __grid_constant__ RowOutputs out) {
   const int64_t row = row_of_thread();
   if (row >= rows) return;
   finish_row(row, loss, sums[row].largest, sums[row].sum, target_logit[row] * kLog2e, out);
+}
+__global__ void finish_with_moments(int64_t rows, const __grid_constant__ RowLoss loss,
+                                    const Moments* sums, const float* target_logit,
+                                    const __grid_constant__ RowOutputs out) {
+  const int64_t row = row_of_thread();
+  if (row >= rows) return;
+  const float y = target_logit[row];
+  finish_row(row, loss, sums[row].largest, sums[row].sum, y * kLog2e, out);
+  finish_moments(row, loss, sums[row], y, out);
 }
 __global__ void finish_anchored(int64_t rows, const __grid_constant__ RowLoss loss,
                                 const float* anchor, const AnchoredSum* sums,
@@ -142,33 +193,58 @@ __global__ void finish_anchored(int64_t rows, const __grid_constant__ RowLoss lo
 }
 
 struct RowGradient {
-  float factor = 0, at_target = 0, flat = 0;
+  float factor = 0, log_factor = 0, at_target = 0, flat = 0, size = 0;
 };
-__device__ RowGradient gradient_of(int64_t row, const RowLoss& l, const RowUpstream& u, float lse,
-                                   float nll) {
+__device__ RowGradient gradient_of(int64_t row, const RowLoss& l, const RowUpstream& u,
+                                   const RowResults& r) {
   if (!l.counted[row]) return {};
+  const float lse = r.lse[row], nll = r.nll[row], hit = expf(-nll);
   const float loss = u.loss[row * u.loss_stride] * l.weight[row] * l.logit_scale;
   const float of_lse = u.lse == nullptr ? 0 : u.lse[row * u.lse_stride] * l.logit_scale;
   const float sharp = loss * l.hit_weight[row] * (1 - l.smoothing);
-  const float spread = loss * (2 * l.z_loss * lse + l.smoothing) + of_lse;
+  const float mass = l.class_sum == nullptr ? 1 : *l.class_sum / l.vocab;
+  const float spread = loss * (2 * l.z_loss * lse + l.smoothing * mass) + of_lse;
+  RowGradient g;
+  g.flat = loss * l.smoothing / l.vocab;
+  g.factor = sharp + spread;
   // spread p - sharp (1 - p) without cancellation
-  float at_target = spread * expf(-nll) + sharp * expm1f(-nll);
+  g.at_target = spread * hit + sharp * expm1f(-nll) - g.flat * l.hit_weight[row];
+  g.size = fabsf(sharp) + fabsf(spread) + fabsf(loss * l.smoothing * mass);
+  if (u.entropy != nullptr) {
+    // -p (log p + H)
+    const float of_entropy = u.entropy[row * u.entropy_stride] * l.logit_scale;
+    const float entropy = r.entropy[row];
+    g.factor -= of_entropy * entropy;
+    g.log_factor = -of_entropy / kLog2e;
+    if (hit > 0) g.at_target += of_entropy * hit * (nll - entropy);
+    g.size += fabsf(of_entropy) * (1 + entropy);
+  }
   if (l.softcap > 0) {
     const float share = (lse - nll) / l.softcap;
-    at_target *= 1 - share * share;
+    g.at_target *= 1 - share * share;
   }
-  return {sharp + spread, at_target, loss * l.smoothing / l.vocab};
+  return g;
 }
 
+// A base that no logit is near: exponentials 0, and finite whatever they are multiplied with.
+constexpr float kFarBase = 1e15f;
+constexpr float kLargestHalf = 16384;
+
 __global__ void upstream_of(int64_t rows, const __grid_constant__ RowLoss loss,
-                            const __grid_constant__ RowUpstream upstream, const float* lse,
-                            const float* nll, float* factor, float* at_target, float* flat) {
+                            const __grid_constant__ RowUpstream upstream,
+                            const __grid_constant__ RowResults results, RowFactors* factors,
+                            float* at_target, float* scale) {
   const int64_t row = row_of_thread();
   if (row >= rows) return;
-  const auto g = gradient_of(row, loss, upstream, lse[row], nll[row]);
-  factor[row] = g.factor;
-  at_target[row] = g.at_target;
-  flat[row] = g.flat;
+  const auto g = gradient_of(row, loss, upstream, results);
+  float by = 1;
+  if (scale != nullptr) {
+    by = g.size == 0 ? 0 : kLargestHalf / g.size;
+    scale[row] = g.size / kLargestHalf;
+  }
+  const float base = loss.counted[row] ? results.lse[row] * kLog2e : kFarBase;
+  factors[row] = {base, g.factor * by, g.log_factor * by, g.flat * by};
+  at_target[row] = g.at_target * by;
 }
 
 __global__ void start_rows_of(int64_t rows, Partial* sums, AnchoredSum* anchored,
@@ -177,6 +253,13 @@ __global__ void start_rows_of(int64_t rows, Partial* sums, AnchoredSum* anchored
   if (row >= rows) return;
   sums[row] = {-INFINITY, 0};
   if (anchored != nullptr) anchored[row] = {-INFINITY, 0, 0};
+  target_logit[row] = -INFINITY;
+}
+
+__global__ void start_moments_of(int64_t rows, Moments* sums, float* target_logit) {
+  const int64_t row = row_of_thread();
+  if (row >= rows) return;
+  sums[row] = {-INFINITY, 0, 0, 0, -INFINITY, -INFINITY};
   target_logit[row] = -INFINITY;
 }
 
@@ -205,8 +288,10 @@ __global__ void find_overflow_of(int64_t rows, float* anchor, AnchoredSum* sums,
 
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float to_float(__half x) { return __half2float(x); }
 __device__ void assign(float& to, float x) { to = x; }
 __device__ void assign(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+__device__ void assign(__half& to, float x) { to = __float2half_rn(x); }
 
 // So many neighbours in one access.
 template <class T, int count>
@@ -220,7 +305,7 @@ __global__ void scale_rows_of(const __grid_constant__ Logits p, const __grid_con
                               const __grid_constant__ Exponentials e, __nv_bfloat16* scaled,
                               float* scale, float* entry) {
   const int64_t row = blockIdx.x;
-  const auto gradient = gradient_of(row, s.loss, s.upstream, s.lse[row], s.nll[row]);
+  const auto gradient = gradient_of(row, s.loss, s.upstream, s.results);
   // One that the target's entry would overflow with: the row's other entries are next to nothing.
   const float least = 1e-6f * fabsf(gradient.at_target);
   const float factor = fabsf(gradient.factor) < least ? least : gradient.factor;
@@ -304,6 +389,19 @@ bool divides(int64_t width, std::initializer_list<int64_t> all) {
   return true;
 }
 
+// f(a value of that type)
+template <class F>
+void with_type(Type type, const F& f) {
+  switch (type) {
+    case Type::kBf16:
+      return f(__nv_bfloat16());
+    case Type::kHalf:
+      return f(__half());
+    default:
+      return f(0.f);
+  }
+}
+
 template <class Weight, class Out>
 void launch_finish_hidden(int64_t rows, int64_t dim, const HiddenGradient& g, cudaStream_t stream) {
   constexpr int width = 4;
@@ -332,6 +430,10 @@ cudaError_t launch_scale(const void* x, int64_t count, const float* factor, void
 }  // namespace
 
 cudaError_t add_slots(const Logits& logits, const Partial* slots, Partial* sums, const int* only,
+                      cudaStream_t stream) {
+  return launch_add_slots(logits, slots, sums, only, stream);
+}
+cudaError_t add_slots(const Logits& logits, const Moments* slots, Moments* sums, const int* only,
                       cudaStream_t stream) {
   return launch_add_slots(logits, slots, sums, only, stream);
 }
@@ -367,6 +469,12 @@ cudaError_t finish_rows(int64_t rows, const RowLoss& loss, const Partial* sums,
                                                                      out);
   return cudaGetLastError();
 }
+cudaError_t finish_rows(int64_t rows, const RowLoss& loss, const Moments* sums,
+                        const float* target_logit, const RowOutputs& out, cudaStream_t stream) {
+  finish_with_moments<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, loss, sums,
+                                                                          target_logit, out);
+  return cudaGetLastError();
+}
 cudaError_t finish_rows(int64_t rows, const RowLoss& loss, const float* anchor,
                         const AnchoredSum* sums, const float* target_logit, const RowOutputs& out,
                         cudaStream_t stream) {
@@ -376,10 +484,10 @@ cudaError_t finish_rows(int64_t rows, const RowLoss& loss, const float* anchor,
 }
 
 cudaError_t upstream_rows(int64_t rows, const RowLoss& loss, const RowUpstream& upstream,
-                          const float* lse, const float* nll, float* factor, float* at_target,
-                          float* flat, cudaStream_t stream) {
-  upstream_of<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, loss, upstream, lse, nll,
-                                                                  factor, at_target, flat);
+                          const RowResults& results, RowFactors* factors, float* at_target,
+                          float* scale, cudaStream_t stream) {
+  upstream_of<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, loss, upstream, results,
+                                                                  factors, at_target, scale);
   return cudaGetLastError();
 }
 
@@ -387,6 +495,11 @@ cudaError_t start_rows(int64_t rows, Partial* sums, AnchoredSum* anchored, float
                        cudaStream_t stream) {
   start_rows_of<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, sums, anchored,
                                                                     target_logit);
+  return cudaGetLastError();
+}
+
+cudaError_t start_rows(int64_t rows, Moments* sums, float* target_logit, cudaStream_t stream) {
+  start_moments_of<<<blocks_of(rows, kThreads), kThreads, 0, stream>>>(rows, sums, target_logit);
   return cudaGetLastError();
 }
 
@@ -413,13 +526,11 @@ cudaError_t scale_rows(const Logits& logits, const Scaling& scaling, const Expon
 
 cudaError_t finish_hidden(int64_t rows, int64_t dim, const HiddenGradient& gradient,
                           cudaStream_t stream) {
-  using bf16 = __nv_bfloat16;
-  const auto launch = gradient.weight_is_fp32 ? gradient.out_is_fp32
-                                                    ? launch_finish_hidden<float, float>
-                                                    : launch_finish_hidden<float, bf16>
-                      : gradient.out_is_fp32 ? launch_finish_hidden<bf16, float>
-                                              : launch_finish_hidden<bf16, bf16>;
-  launch(rows, dim, gradient, stream);
+  with_type(gradient.weight_type, [&](auto weight) {
+    with_type(gradient.out_type, [&](auto out) {
+      launch_finish_hidden<decltype(weight), decltype(out)>(rows, dim, gradient, stream);
+    });
+  });
   return cudaGetLastError();
 }
 

@@ -13,6 +13,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 // names, where it is given.
 cudaError_t add_slots(const Logits& logits, const Partial* slots, Partial* sums, const int* only,
                       cudaStream_t stream);
+cudaError_t add_slots(const Logits& logits, const Moments* slots, Moments* sums, const int* only,
+                      cudaStream_t stream);
 cudaError_t add_slots(const Logits& logits, const float* slots, float* sums, const int* only,
                       cudaStream_t stream);
 cudaError_t add_slots(const Logits& logits, const AnchoredSum* slots, AnchoredSum* sums,
@@ -48,35 +50,48 @@ struct RowLoss {
   const bool* counted = nullptr;                         // [rows]
   const float *weight = nullptr, *hit_weight = nullptr;  // [rows]
   float smoothing = 0, z_loss = 0, softcap = 0, logit_scale = 1, vocab = 0;
+  const float* class_sum = nullptr;  // sum of the class weights; null = vocab
 };
-// [rows], 0 where not counted. The loss is that without smoothing's share.
+// [rows], 0 where not counted; the last two, which only Moments give, may be null.
 struct RowOutputs {
   float *lse = nullptr, *nll = nullptr, *loss = nullptr, *z_loss = nullptr;
+  float* entropy = nullptr;
+  bool* correct = nullptr;
 };
 // nll = lse - target's logit without cancellation.
 cudaError_t finish_rows(int64_t rows, const RowLoss& loss, const Partial* sums,
+                        const float* target_logit, const RowOutputs& out, cudaStream_t stream);
+cudaError_t finish_rows(int64_t rows, const RowLoss& loss, const Moments* sums,
                         const float* target_logit, const RowOutputs& out, cudaStream_t stream);
 cudaError_t finish_rows(int64_t rows, const RowLoss& loss, const float* anchor,
                         const AnchoredSum* sums, const float* target_logit, const RowOutputs& out,
                         cudaStream_t stream);
 
-// Of the row's loss and, or null, of its lse; stride 0 repeats a scalar.
+// Of the row's loss and, or null, of its lse and its entropy; stride 0 repeats a scalar.
 struct RowUpstream {
   const float* loss = nullptr;
   int64_t loss_stride = 0;
   const float* lse = nullptr;
   int64_t lse_stride = 0;
+  const float* entropy = nullptr;
+  int64_t entropy_stride = 0;
 };
-// LogitGradient's factor and at_target; flat: what smoothing takes from every entry; [rows].
+// [rows], as forward gave them; entropy may be null where it has no upstream.
+struct RowResults {
+  const float *lse = nullptr, *nll = nullptr, *entropy = nullptr;
+};
+// What LogitGradient takes, [rows]. With `scale` [rows], for fp16: divided by it, so that entries
+// are at most 2^14 and those of 2^-28 of that are normal numbers.
 cudaError_t upstream_rows(int64_t rows, const RowLoss& loss, const RowUpstream& upstream,
-                          const float* lse, const float* nll, float* factor, float* at_target,
-                          float* flat, cudaStream_t stream);
+                          const RowResults& results, RowFactors* factors, float* at_target,
+                          float* scale, cudaStream_t stream);
 
 // --- exponentials
 
 // Everything as no logit has been seen; `anchored` may be null.
 cudaError_t start_rows(int64_t rows, Partial* sums, AnchoredSum* anchored, float* target_logit,
                        cudaStream_t stream);
+cudaError_t start_rows(int64_t rows, Moments* sums, float* target_logit, cudaStream_t stream);
 // The largest logit of `sums`, +inf where not counted.
 cudaError_t anchor_rows(int64_t rows, const Partial* sums, const bool* counted, float* anchor,
                         cudaStream_t stream);
@@ -91,14 +106,16 @@ cudaError_t find_overflow(int64_t rows, float* anchor, AnchoredSum* sums, const 
 struct Scaling {
   RowLoss loss;
   RowUpstream upstream;
-  const float *lse = nullptr, *nll = nullptr, *target_logit = nullptr;
+  RowResults results;
+  const float* target_logit = nullptr;
   const AnchoredSum* sums = nullptr;
 };
-// scaled [rows, dim] bf16 = scale_m x_m; `exponentials` gets the target's entries; scale [rows];
-// entry [rows]: the target's entry, less what rounding added to the others.
+// scaled [rows, dim] bf16, which may be x, = scale_m x_m; `exponentials` gets the target's entries;
+// scale [rows]; entry [rows]: the target's entry, less what rounding added to the others.
 cudaError_t scale_rows(const Logits& logits, const Scaling& scaling, const Exponentials& e,
                        void* scaled, float* scale, float* entry, cudaStream_t stream);
 
+enum class Type { kBf16, kHalf, kFloat };
 // out [rows, dim] = scale_m (sum_m + entry_m C_y); scale null = 1.
 struct HiddenGradient {
   const float* sum = nullptr;  // [rows, dim], sum_stride elements between rows; may be out
@@ -106,11 +123,11 @@ struct HiddenGradient {
   const float* scale = nullptr;  // [rows] or null
   const float* entry = nullptr;  // [rows]
   const void* weight = nullptr;  // [V, dim], any alignment
-  bool weight_is_fp32 = false;   // else bf16
+  Type weight_type = Type::kBf16;
   int64_t weight_stride = 0, weight_column_stride = 1;
   const int* target = nullptr;  // [rows], -1 = none
   void* out = nullptr;
-  bool out_is_fp32 = false;  // else bf16
+  Type out_type = Type::kBf16;
 };
 cudaError_t finish_hidden(int64_t rows, int64_t dim, const HiddenGradient& gradient,
                           cudaStream_t stream);

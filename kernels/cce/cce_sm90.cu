@@ -2,12 +2,13 @@
 // The passes over the logits on Hopper: a persistent GEMM (cce_tiles.h) whose epilogue is the pass.
 // A cluster's blocks have tiles one below the other; the classifier's are fetched for both at once.
 #include <cuda_runtime.h>
-#include <ounce/kernels/cce/cce_kernels.h>
-#include <ounce/kernels/cce/cce_rows.h>
-#include <ounce/kernels/cce/cce_tiles.h>
+#include <ounce/kernels/cce/cce_logits.h>
 #include <ounce/kernels/common/tma.h>
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
 
 namespace ounce::cce {
 namespace {
@@ -18,16 +19,29 @@ constexpr int kBoxes = kTileColumns / kBoxColumns, kBoxBytes = kTileRows * kBoxC
 
 enum class Pass { kSum, kGradient, kExponential };
 
+// What a kernel is made for.
+template <Pass pass_, bool general_ = false, bool half_ = false, bool capped_ = false,
+          bool measured_ = false>
+struct FormOf {
+  static constexpr Pass pass = pass_;
+  static constexpr bool general = general_;    // kSum: moments; kGradient: all of RowFactors
+  static constexpr bool half = half_;          // fp16; general
+  static constexpr bool capped = capped_;      // entries under a softcap
+  static constexpr bool measured = measured_;  // kExponential: with the boxes' masses
+};
+
 template <Pass pass>
 using Memory = Ring<pass == Pass::kSum ? 5 : 4, pass == Pass::kSum ? 0 : kOutBytes>;
 
 struct Arguments {
   CUtensorMap hidden, weight, out;
   Logits logits;
+  const float* class_weight;
   LogitGradient gradient;
   Exponentials exponentials;
   // What a pass leaves of its rows, in slots.
   Partial* partials;      // of Pass::kSum
+  Moments* moments;       // of Pass::kSum in general
   float* rounding;        // of Pass::kGradient
   AnchoredSum* anchored;  // of Pass::kExponential
   float* target_logit;    // but of Pass::kGradient
@@ -101,141 +115,6 @@ __device__ void fetch(const Arguments& a, Memory<pass> memory, int depth_steps, 
   }
 }
 
-__device__ inline float tanh_of(float x) {
-  const float e = ptx::exp2(fabsf(x) * (2 * kLog2e));
-  return copysignf(1 - __fdividef(2.f, e + 1), x);
-}
-
-// Of a row of a tile: the largest logit is looked for, in case the row's sum becomes too large.
-constexpr float kLargeSum = 1e15f;
-// A logit whose exponential is 0, and whose square is finite.
-constexpr float kNothing = -1e15f;
-
-__device__ bool is_plain(const Logits& p) {
-  return p.bias == nullptr && p.softcap == 0 && p.scale > 0;
-}
-// k of finish_logits.
-__device__ float factor_of_logits(const Logits& p) { return is_plain(p) ? p.scale : 1; }
-
-// x C^T -> z / k, k > 0; columns outside become kNothing.
-__device__ void finish_logits(const Logits& p, const Lane& at, int first, Accumulators& d) {
-  if (!is_plain(p)) {
-#pragma unroll
-    for (int g = 0; g < kTileColumns / 8; ++g) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int column = first + at.column(g, c);
-        const float bias = p.bias != nullptr && column < p.vocab ? __ldg(p.bias + column) : 0;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            float& z = d[half][g * 4 + h * 2 + c];
-            z = (z + bias) * p.scale;
-            if (p.softcap > 0) z = p.softcap * tanh_of(z / p.softcap);
-          }
-        }
-      }
-    }
-  }
-  if (first + kTileColumns > p.vocab) {
-    each_element(d, [&](float& z, int, int g, int, int c) {
-      if (first + at.column(g, c) >= p.vocab) z = kNothing;
-    });
-  }
-}
-
-// Takes the targets out of the tile: kNothing stays. Calls f(row, z) in the thread
-// that has one. Selections instead of branches keep the tile in registers.
-template <class F>
-__device__ void take_targets(const Logits& p, const Lane& at, int first_row, int first,
-                             Accumulators& d, const F& f) {
-  if (p.target == nullptr) return;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = first_row + at.row(half, h);
-      if (row >= static_cast<int>(p.rows)) continue;
-      const int target = __ldg(p.target + row) - first;
-      if (target < 0 || target >= kTileColumns || (target >> 1 & 3) != (at.lane & 3)) continue;
-      float logit = 0;
-#pragma unroll
-      for (int g = 0; g < kTileColumns / 8; ++g) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& z = d[half][g * 4 + h * 2 + c];
-          const bool here = target == at.column(g, c);
-          logit = here ? z : logit;
-          z = here ? kNothing : z;
-        }
-      }
-      f(row, logit);
-    }
-  }
-}
-
-// Of the four threads that share a row.
-__device__ float over_row(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-__device__ float top_of_row(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-// The sum of a row's exponentials without the target's, so that a loss near 0 keeps its precision.
-struct RunningSum {
-  Rows largest, sum;
-
-  __device__ void clear() {
-    for (auto& half : largest) half[0] = half[1] = -INFINITY;
-    for (auto& half : sum) half[0] = half[1] = 0;
-  }
-
-  // `k`: from d to powers of two.
-  __device__ void add(Accumulators& d, float k) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float top = d[half][h * 2];
-#pragma unroll
-        for (int g = 0; g < kTileColumns / 8; ++g) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) top = fmaxf(top, d[half][g * 4 + h * 2 + c]);
-        }
-        const float now = fmaxf(largest[half][h], top * k), base = fmaxf(now, kNothing / 2);
-        float part[2] = {sum[half][h] * ptx::exp2(largest[half][h] - base), 0};
-#pragma unroll
-        for (int g = 0; g < kTileColumns / 8; ++g) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            part[c] += ptx::exp2(fmaf(d[half][g * 4 + h * 2 + c], k, -base));
-          }
-        }
-        largest[half][h] = now;
-        sum[half][h] = part[0] + part[1];
-      }
-    }
-  }
-
-  // Over the four threads of a row; the first writes.
-  __device__ void write(const Lane& at, Partial* out) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float top = top_of_row(largest[half][h]);
-        const float base = top == -INFINITY ? 0 : top;
-        const float all = over_row(sum[half][h] * ptx::exp2(largest[half][h] - base));
-        if ((at.lane & 3) == 0) out[at.row(half, h)] = {top, all};
-      }
-    }
-  }
-};
-
 // The output in shared memory: three boxes of 64 columns, as the copy engine reads them.
 __device__ inline uint32_t place_of(uint32_t out, int row, int column) {
   const int chunk = (column / 8 & 7) ^ (row & 7);
@@ -264,24 +143,60 @@ struct RowSum {
   float largest = 0, before = 0;  // of the boxes before
 };
 
-// z / k of two neighbours in a row -> their entries of the output.
-template <bool capped, bool measured>
-__device__ inline uint32_t entry_pair(float z0, float z1, float factor, float base, float k2,
-                                      float slope_of, RowSum& sum) {
-  float v0 = ptx::exp2(fmaf(z0, k2, -base)), v1 = ptx::exp2(fmaf(z1, k2, -base));
-  if constexpr (measured) sum.largest = fmaxf(sum.largest, fmaxf(v0, v1));
-  if constexpr (measured || capped) sum.plain += v0 + v1;
-  if constexpr (capped) {
-    v0 *= fmaf(-(z0 * slope_of), z0 * slope_of, 1);
-    v1 *= fmaf(-(z1 * slope_of), z1 * slope_of, 1);
+// What becomes of a row's exponentials 2^(z k2 - base).
+struct RowOf {
+  float base = INFINITY, factor = 0, log_factor = 0, flat = 0;
+};
+template <class Form>
+__device__ inline RowOf row_of(const Arguments& a, int row) {
+  if (row >= static_cast<int>(a.logits.rows)) return {-kNothing};
+  if constexpr (Form::pass == Pass::kExponential) {
+    return {__ldg(a.exponentials.anchor + row), 1};
+  } else {
+    const auto f = __ldg(reinterpret_cast<const float4*>(a.gradient.rows) + row);
+    return {f.x, f.y, f.z, f.w};
   }
-  v0 *= factor;
-  v1 *= factor;
+}
+
+// Two neighbours as the output has them, and what they are then.
+template <bool half>
+__device__ inline uint32_t rounded_pair(float v0, float v1, float& sum) {
+  if constexpr (half) {
+    const __half2 pair = __floats2half2_rn(v0, v1);
+    const float2 back = __half22float2(pair);
+    sum += back.x + back.y;
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(v0, v1);
+    const auto bits = reinterpret_cast<const uint32_t&>(pair);
+    sum += __uint_as_float(bits << 16) + __uint_as_float(bits & 0xFFFF0000u);
+    return bits;
+  }
+}
+
+// z / k of two neighbours in a row -> their entries of the output. w: their class weights.
+template <class Form>
+__device__ inline uint32_t entry_pair(float z0, float z1, const RowOf& row, float k2,
+                                      float slope_of, const float2& w, RowSum& sum) {
+  const float l0 = fmaf(z0, k2, -row.base), l1 = fmaf(z1, k2, -row.base);
+  float v0 = ptx::exp2(l0), v1 = ptx::exp2(l1);
+  if constexpr (Form::measured) sum.largest = fmaxf(sum.largest, fmaxf(v0, v1));
+  if constexpr (Form::measured || Form::capped) sum.plain += v0 + v1;
+  if constexpr (Form::general) {
+    v0 = fmaf(-row.flat, w.x, v0 * fmaf(row.log_factor, l0, row.factor));
+    v1 = fmaf(-row.flat, w.y, v1 * fmaf(row.log_factor, l1, row.factor));
+  }
+  if constexpr (Form::capped) {
+    // 0 at the target, which is kNothing here.
+    v0 *= fmaxf(0, fmaf(-(z0 * slope_of), z0 * slope_of, 1));
+    v1 *= fmaxf(0, fmaf(-(z1 * slope_of), z1 * slope_of, 1));
+  }
+  if constexpr (!Form::general) {
+    v0 *= row.factor;
+    v1 *= row.factor;
+  }
   sum.exact += v0 + v1;
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(v0, v1);
-  const auto bits = reinterpret_cast<const uint32_t&>(pair);
-  sum.rounded += __uint_as_float(bits << 16) + __uint_as_float(bits & 0xFFFF0000u);
-  return bits;
+  return rounded_pair<Form::half>(v0, v1, sum.rounded);
 }
 
 // A box of a row is complete.
@@ -296,41 +211,41 @@ __device__ inline void measure_box(const Arguments& a, int row, int box, const L
       __bfloat16_as_ushort(__float2bfloat16_rn(mass))};
 }
 
-// z / k -> its entry of the output, into `out`. With `measured` the boxes' masses go to memory.
-template <Pass pass, bool capped, bool measured>
+// A tile's class weights from a thread's first column on, or null.
+__device__ inline const float* tile_weights(const Arguments& a, const Lane& at, int first) {
+  return a.class_weight == nullptr ? nullptr : a.class_weight + first + at.column(0, 0);
+}
+
+// z / k -> its entry of the output, into `out`. With Form::measured the boxes' masses go to memory.
+template <class Form>
 __device__ void stage_entries(const Arguments& a, const Lane& at, int first_row, int tile, float k,
                               const Accumulators& d, uint32_t out, Kept& kept) {
-  const float slope_of = capped ? k / a.logits.softcap : 0, k2 = k * kLog2e;
+  const float slope_of = Form::capped ? k / a.logits.softcap : 0;
+  const float k2 = k * kLog2e;
+  const float* weights = tile_weights(a, at, tile * kTileColumns);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float factor[2], base[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = first_row + at.row(half, h);
-      const bool inside = row < static_cast<int>(a.logits.rows);
-      if constexpr (pass == Pass::kExponential) {
-        factor[h] = 1;
-        base[h] = inside ? __ldg(a.exponentials.anchor + row) : INFINITY;
-      } else {
-        factor[h] = inside ? __ldg(a.gradient.factor + row) : 0;
-        // Rows that do not count have any lse.
-        base[h] = factor[h] != 0 ? __ldg(a.gradient.lse + row) * kLog2e : INFINITY;
-      }
-    }
+    const RowOf of_row[2] = {row_of<Form>(a, first_row + at.row(half, 0)),
+                             row_of<Form>(a, first_row + at.row(half, 1))};
     RowSum sum[2];
     const int row = half * 64 + at.warp * 16 + (at.lane & 15);
 #pragma unroll
     for (int g = 0; g < kTileColumns / 8; g += 2) {
+      float2 weight[2] = {};
+      if constexpr (Form::general) {
+        weight[0] = weights_of(weights, g);
+        weight[1] = weights_of(weights, g + 1);
+      }
       uint32_t pairs[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* z = d[half] + g * 4 + i * 2;
-        pairs[i] = entry_pair<capped, measured>(z[0], z[1], factor[i & 1], base[i & 1], k2,
-                                                slope_of, sum[i & 1]);
+        pairs[i] =
+            entry_pair<Form>(z[0], z[1], of_row[i & 1], k2, slope_of, weight[i / 2], sum[i & 1]);
       }
       ptx::store_matrices(place_of(out, row, (g + (at.lane >> 4)) * 8), pairs[0], pairs[1],
                           pairs[2], pairs[3]);
-      if constexpr (measured) {
+      if constexpr (Form::measured) {
         if ((g + 2) % (kBoxColumns / 8) == 0) {
           const int box = tile * kBoxes + g / (kBoxColumns / 8);
 #pragma unroll
@@ -343,21 +258,20 @@ __device__ void stage_entries(const Arguments& a, const Lane& at, int first_row,
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       kept.rounding[half][h] += sum[h].rounded - sum[h].exact;
-      if constexpr (pass == Pass::kExponential) {
-        const float all = measured ? sum[h].before : capped ? sum[h].plain : sum[h].exact;
+      if constexpr (Form::pass == Pass::kExponential) {
+        const float all = Form::measured ? sum[h].before
+                          : Form::capped ? sum[h].plain
+                                         : sum[h].exact;
         kept.sum[half][h] += all;
         if (all < kLargeSum) continue;
-#pragma unroll
-        for (int g = 0; g < kTileColumns / 8; ++g) {
-          const float* z = d[half] + g * 4 + h * 2;
-          kept.largest[half][h] = fmaxf(kept.largest[half][h], fmaxf(z[0], z[1]));
-        }
+        kept.largest[half][h] = fmaxf(kept.largest[half][h], top_of(d, half, h));
       }
     }
   }
 }
 
 // Of the rows of this warp, once they are staged.
+template <bool half_output>
 __device__ void put_targets(const Arguments& a, const Lane& at, int first_row, int first,
                             uint32_t out, Rows& rounding) {
   __syncwarp();
@@ -370,9 +284,10 @@ __device__ void put_targets(const Arguments& a, const Lane& at, int first_row, i
       const int target = __ldg(a.logits.target + row) - first;
       if (target < 0 || target >= kTileColumns) continue;
       const float value = __ldg(a.gradient.at_target + row);
-      const auto rounded = __float2bfloat16_rn(value);
-      ptx::store(place_of(out, at.row(half, h), target), __bfloat16_as_ushort(rounded));
-      rounding[half][h] += __bfloat162float(rounded) - value;
+      float rounded = 0;
+      const auto bits = rounded_pair<half_output>(value, 0, rounded);
+      ptx::store(place_of(out, at.row(half, h), target), static_cast<uint16_t>(bits));
+      rounding[half][h] += rounded - value;
     }
   }
 }
@@ -416,14 +331,28 @@ __device__ void write_kept(const Arguments& a, const Lane& at, int slot, float k
   }
 }
 
-template <Pass pass, bool capped, bool measured>
-__device__ void multiply(const Arguments& a, Memory<pass> memory, int depth_steps, int cluster,
-                         uint32_t block) {
+template <class Running>
+__device__ void write_running(const Running& running, const Lane& at,
+                              typename Running::Result* out) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const auto result = running.result(half, h);
+      if ((at.lane & 3) == 0) out[at.row(half, h)] = result;
+    }
+  }
+}
+
+template <class Form>
+__device__ void multiply(const Arguments& a, Memory<Form::pass> memory, int depth_steps,
+                         int cluster, uint32_t block) {
   const int thread = threadIdx.x % kGroup, turn = threadIdx.x / kGroup - 1;
   const Lane at{thread / 32, thread % 32};
   const Logits& p = a.logits;
   Accumulators d;
-  RunningSum running;
+  constexpr bool moments = Form::pass == Pass::kSum && Form::general;
+  std::conditional_t<moments, RunningMoments, RunningSum> running;
   Kept kept;
   running.clear();
   kept.clear();
@@ -436,29 +365,33 @@ __device__ void multiply(const Arguments& a, Memory<pass> memory, int depth_step
     const int first = walk.tile * kTileColumns;
     if (walk.count % kLanes == turn) {
       ptx::named_wait(kMultiplyTurn + turn, 2 * kGroup);
-      multiply_tile(d, memory, walk.count * depth_steps, depth_steps, block,
-                    [&](int stage, int add) {
-                      const auto x = wgmma::descriptor(memory.left(stage));
-                      const auto c = wgmma::descriptor(memory.right(stage));
+      multiply_tile(
+          d, memory, walk.count * depth_steps, depth_steps, block, [&](int stage, int add) {
+            const auto x = wgmma::descriptor(memory.left(stage));
+            const auto c = wgmma::descriptor(memory.right(stage));
 #pragma unroll
-                      for (int k = 0; k < kDepth / 16; ++k) {
-                        wgmma::multiply(d[0], x + 2 * k, c + 2 * k, add | k);
-                        wgmma::multiply(d[1], x + 2 * k + 512, c + 2 * k, add | k);
-                      }
-                    });
+            for (int k = 0; k < kDepth / 16; ++k) {
+              wgmma::multiply<false, false, Form::half>(d[0], x + 2 * k, c + 2 * k, add | k);
+              wgmma::multiply<false, false, Form::half>(d[1], x + 2 * k + 512, c + 2 * k, add | k);
+            }
+          });
       const float k = factor_of_logits(p);
       finish_logits(p, at, first, d);
+      if constexpr (moments) {
+        if (a.class_weight != nullptr) running.add_linear(tile_weights(a, at, first), d, k);
+      }
       take_targets(p, at, first_row, first, d, [&](int row, float z) {
-        if constexpr (pass != Pass::kGradient) a.target_logit[row] = z * k;
+        if constexpr (Form::pass != Pass::kGradient) a.target_logit[row] = z * k;
       });
-      if constexpr (pass == Pass::kSum) {
-        running.add(d, k * kLog2e);
+      if constexpr (moments) {
+        running.add(p, at, first_row, first, d, k);
+      } else if constexpr (Form::pass == Pass::kSum) {
+        running.add(d, k);
       } else {
         ptx::named_wait(kOutTurn + turn, 2 * kGroup);
-        stage_entries<pass, capped, measured>(a, at, first_row, walk.tile, k, d, memory.out(),
-                                              kept);
-        if constexpr (pass == Pass::kGradient) {
-          put_targets(a, at, first_row, first, memory.out(), kept.rounding);
+        stage_entries<Form>(a, at, first_row, walk.tile, k, d, memory.out(), kept);
+        if constexpr (Form::pass == Pass::kGradient) {
+          put_targets<Form::half>(a, at, first_row, first, memory.out(), kept.rounding);
         }
         store_out(a, memory.out(), first_row, first, turn);
       }
@@ -466,28 +399,32 @@ __device__ void multiply(const Arguments& a, Memory<pass> memory, int depth_step
     const int slot = walk.slot(turn) + static_cast<int>(block) * kTileRows;
     if (walk.next()) continue;
     // The tokens change.
-    if constexpr (pass == Pass::kSum) {
-      running.write(at, a.partials + slot);
+    if constexpr (Form::pass == Pass::kSum) {
+      if constexpr (moments) {
+        write_running(running, at, a.moments + slot);
+      } else {
+        write_running(running, at, a.partials + slot);
+      }
       running.clear();
     } else {
-      write_kept<pass>(a, at, slot, factor_of_logits(p) * kLog2e, kept);
+      write_kept<Form::pass>(a, at, slot, factor_of_logits(p) * kLog2e, kept);
       kept.clear();
     }
   }
   if (thread == 0) tma::wait_stores();
 }
 
-template <Pass pass, bool capped, bool measured>
+template <class Form>
 __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     pass_over_logits(const __grid_constant__ Arguments a) {
   extern __shared__ char raw[];
-  const Memory<pass> memory(raw);
+  const Memory<Form::pass> memory(raw);
   const uint32_t block = ptx::block_in_cluster();
   const int cluster = blockIdx.x / 2;
   const int depth_steps = static_cast<int>((a.logits.dim + kDepth - 1) / kDepth);
   run_block(
-      memory, [&] { fetch<pass>(a, memory, depth_steps, cluster, block); },
-      [&] { multiply<pass, capped, measured>(a, memory, depth_steps, cluster, block); });
+      memory, [&] { fetch<Form::pass>(a, memory, depth_steps, cluster, block); },
+      [&] { multiply<Form>(a, memory, depth_steps, cluster, block); });
 }
 
 // `stride` elements from row to row.
@@ -497,30 +434,15 @@ cudaError_t map_of(CUtensorMap* map, const void* data, int64_t rows, int64_t col
                        box_rows);
 }
 
-template <Pass pass, bool capped, bool measured>
-cudaError_t launch_kernel(const Arguments& a, cudaStream_t stream) {
-  return launch_clusters<Memory<pass>>(pass_over_logits<pass, capped, measured>, a,
-                                       a.logits.schedule.clusters, stream);
-}
-
-template <Pass pass>
+template <class Form>
 cudaError_t launch(Arguments& a, cudaStream_t stream) {
   const Logits& p = a.logits;
   auto error = map_of(&a.hidden, p.hidden, p.rows, p.dim, p.hidden_stride, kTileRows);
   if (error != cudaSuccess) return error;
   error = map_of(&a.weight, p.weight, p.vocab, p.dim, p.weight_stride, kHalfColumns);
   if (error != cudaSuccess) return error;
-  const bool capped = p.softcap > 0;
-  if constexpr (pass == Pass::kExponential) {
-    if (a.exponentials.boxes != nullptr) {
-      return capped ? launch_kernel<pass, true, true>(a, stream)
-                    : launch_kernel<pass, false, true>(a, stream);
-    }
-  }
-  if constexpr (pass != Pass::kSum) {
-    if (capped) return launch_kernel<pass, true, false>(a, stream);
-  }
-  return launch_kernel<pass, false, false>(a, stream);
+  return launch_clusters<Memory<Form::pass>>(pass_over_logits<Form>, a, p.schedule.clusters,
+                                             stream);
 }
 
 }  // namespace
@@ -531,7 +453,19 @@ cudaError_t add_exponentials(const Logits& logits, Partial* partials, Partial* s
   a.logits = logits;
   a.partials = partials;
   a.target_logit = target_logit;
-  const auto error = launch<Pass::kSum>(a, stream);
+  const auto error = launch<FormOf<Pass::kSum>>(a, stream);
+  return error != cudaSuccess ? error : add_slots(logits, partials, sums, nullptr, stream);
+}
+
+cudaError_t add_moments(const Logits& logits, const float* class_weight, Moments* partials,
+                        Moments* sums, float* target_logit, cudaStream_t stream) {
+  Arguments a;
+  a.logits = logits;
+  a.class_weight = class_weight;
+  a.moments = partials;
+  a.target_logit = target_logit;
+  const auto error = logits.is_half ? launch<FormOf<Pass::kSum, true, true>>(a, stream)
+                                    : launch<FormOf<Pass::kSum, true>>(a, stream);
   return error != cudaSuccess ? error : add_slots(logits, partials, sums, nullptr, stream);
 }
 
@@ -542,9 +476,21 @@ cudaError_t logit_gradient(const Logits& logits, const LogitGradient& gradient, 
       map_of(&a.out, gradient.out, logits.rows, logits.vocab, gradient.out_stride, kTileRows);
   if (error != cudaSuccess) return error;
   a.logits = logits;
+  a.class_weight = gradient.class_weight;
   a.gradient = gradient;
   a.rounding = partials;
-  error = launch<Pass::kGradient>(a, stream);
+  constexpr auto pass = Pass::kGradient;
+  const bool capped = logits.softcap > 0;
+  if (logits.is_half) {
+    error = capped ? launch<FormOf<pass, true, true, true>>(a, stream)
+                   : launch<FormOf<pass, true, true>>(a, stream);
+  } else if (gradient.general) {
+    error = capped ? launch<FormOf<pass, true, false, true>>(a, stream)
+                   : launch<FormOf<pass, true>>(a, stream);
+  } else {
+    error = capped ? launch<FormOf<pass, false, false, true>>(a, stream)
+                   : launch<FormOf<pass>>(a, stream);
+  }
   return error != cudaSuccess ? error : add_slots(logits, partials, rounding, nullptr, stream);
 }
 
@@ -559,7 +505,15 @@ cudaError_t exponentials(const Logits& logits, const Exponentials& exponentials,
   a.exponentials = exponentials;
   a.anchored = partials;
   a.target_logit = target_logit;
-  error = launch<Pass::kExponential>(a, stream);
+  constexpr auto pass = Pass::kExponential;
+  const bool capped = logits.softcap > 0;
+  if (exponentials.boxes != nullptr) {
+    error = capped ? launch<FormOf<pass, false, false, true, true>>(a, stream)
+                   : launch<FormOf<pass, false, false, false, true>>(a, stream);
+  } else {
+    error = capped ? launch<FormOf<pass, false, false, true>>(a, stream)
+                   : launch<FormOf<pass>>(a, stream);
+  }
   return error != cudaSuccess ? error
                               : add_slots(logits, partials, sums, exponentials.only, stream);
 }
@@ -570,15 +524,15 @@ int clusters_of_device() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (major != 9) return 0;
   using S = Memory<Pass::kSum>;
-  cudaFuncSetAttribute(pass_over_logits<Pass::kSum, false, false>,
+  cudaFuncSetAttribute(pass_over_logits<FormOf<Pass::kSum>>,
                        cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
   cudaLaunchConfig_t config{};
   config.gridDim = 2;
   config.blockDim = kThreads;
   config.dynamicSmemBytes = S::kBytes;
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, pass_over_logits<Pass::kSum, false, false>,
-                                     &config) != cudaSuccess) {
+  if (cudaOccupancyMaxActiveClusters(&clusters, pass_over_logits<FormOf<Pass::kSum>>, &config) !=
+      cudaSuccess) {
     cudaGetLastError();
     return 0;
   }

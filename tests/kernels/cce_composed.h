@@ -66,7 +66,7 @@ inline CceCase random_case(std::vector<int64_t> shape, int64_t dim, int64_t voca
 }
 
 struct Composed {
-  at::Tensor loss, lse, z_loss;
+  at::Tensor loss, lse, z_loss, entropy;
 };
 
 inline Composed composed(const CceCase& c) {
@@ -104,21 +104,25 @@ inline Composed composed(const CceCase& c) {
     const auto weights = torch::where(counted, t * classes.index({y}), zero).sum();
     return r.sum() / (weights.item<double>() == 0 ? torch::ones_like(weights) : weights);
   };
-  return {reduce(rows), torch::where(counted, lse, zero), reduce(square)};
+  const auto entropy = -(log_p.exp() * log_p).sum(-1);
+  return {reduce(rows), torch::where(counted, lse, zero), reduce(square),
+          torch::where(counted, entropy, zero)};
 }
 
-// Backward of the loss, and of the lse where it is defined, with fixed random upstreams.
-inline void backward(const at::Tensor& loss, const at::Tensor& lse) {
+// Backward of those that are defined, with fixed upstreams of either sign.
+inline void backward(const at::Tensor& loss, const at::Tensor& lse,
+                     const at::Tensor& entropy = {}) {
   const auto upstream = [](const at::Tensor& t) {
     return torch::linspace(0.3, 1.7, std::max<int64_t>(t.numel(), 1), at::kDouble)
         .narrow(0, 0, t.numel())
         .reshape(t.sizes())
         .to(t.device(), t.scalar_type());
   };
-  std::vector<at::Tensor> outputs = {loss}, upstreams = {upstream(loss)};
-  if (lse.defined()) {
-    outputs.push_back(lse);
-    upstreams.push_back(upstream(lse));
+  std::vector<at::Tensor> outputs, upstreams;
+  for (const auto& t : {loss, lse, entropy}) {
+    if (!t.defined()) continue;
+    outputs.push_back(t);
+    upstreams.push_back(upstream(t) * (outputs.size() == 3 ? -1 : 1));
   }
   torch::autograd::backward(outputs, upstreams);
 }

@@ -47,7 +47,7 @@ class LinearCrossEntropy(unittest.TestCase):
         for wanted in ([True, True, False], [True, False, False], [False, True, False]):
             torch.library.opcheck(
                 torch.ops.ounce.linear_cross_entropy_backward,
-                (torch.ones(()), None, None, hidden, weight, target, None, None, None, lse, nll),
+                (torch.ones(()), None, None, hidden, weight, target, None, None, None, lse, nll, None),
                 dict(options, wanted=wanted))
 
     def test_gradients_made_by_forward(self):
