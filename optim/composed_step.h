@@ -5,7 +5,9 @@
 
 #include <ounce/core/check.h>
 #include <ounce/optim/dct.h>
+#include <ounce/optim/fused_step.h>
 #include <ounce/optim/named_optimizer.h>
+#include <ounce/optim/rounding_streams.h>
 #include <ounce/optim/stochastic_rounding.h>
 #include <torch/torch.h>
 
@@ -13,6 +15,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace ounce::optim {
@@ -26,26 +29,38 @@ inline int64_t rank_of(int64_t smaller, int64_t rank, double fraction) {
   return std::max<int64_t>(1, std::llround(fraction * static_cast<double>(smaller)));
 }
 
-// In which a parameter's state is kept and its step computed. fp16 has no room for weights that no
-// loss scale protects.
-inline at::ScalarType state_type(const char* optimizer, const std::string& name,
-                                 const at::Tensor& parameter) {
+// In which a parameter's step is computed. fp16 has no room for weights that no loss scale
+// protects.
+inline at::ScalarType step_type(const char* optimizer, const std::string& name,
+                                const at::Tensor& parameter) {
   const auto type = parameter.scalar_type();
   OUNCE_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16, "[", optimizer,
               "] '", name, "' is ", type, ": expected fp32, fp64 or bf16 parameters");
-  return type == at::kBFloat16 ? at::kFloat : type;
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+// In which its state is kept, `asked` being state_dtype: fp64 of fp64 parameters.
+inline at::ScalarType state_type(const char* optimizer, const std::string& name,
+                                 const at::Tensor& parameter, at::ScalarType asked) {
+  const auto type = step_type(optimizer, name, parameter);
+  return type == at::kDouble ? type : asked;
 }
 
-// Keys of what rounds bf16 parameters. O: stochastic_rounding, seed.
+// Keys of what is rounded to bf16, and of who computes. O: state_dtype, stochastic_rounding, seed,
+// implementation.
 template <class O>
 void write_rounding_options(const O& from, Options& options) {
+  options.set("state_dtype", std::string(from.state_dtype == at::kFloat ? "fp32" : "bf16"));
   options.set("stochastic_rounding", from.stochastic_rounding);
   options.set("seed", from.seed);
+  options.set("implementation", from.implementation);
 }
 template <class O>
 void read_rounding_options(const Options& options, O& to) {
+  to.state_dtype =
+      options.choice("state_dtype", {"fp32", "bf16"}) == "fp32" ? at::kFloat : at::kBFloat16;
   to.stochastic_rounding = options.flag("stochastic_rounding");
   to.seed = options.integer("seed");
+  to.implementation = options.choice("implementation", {"auto", "fused", "reference"});
 }
 
 // How a parameter is projected.
@@ -102,6 +117,11 @@ inline std::vector<int64_t> moment_sizes(const at::Tensor& parameter,
                     : parameter.sizes().vec();
 }
 
+// Of a parameter's stochastic rounding.
+inline uint64_t seed_of(int64_t seed, size_t stream) {
+  return (static_cast<uint64_t>(seed) << 32) ^ stream;
+}
+
 struct ComposedStep {
   at::Tensor lr, grad_scale, skip;  // scalars on the device; the last two may be undefined
 
@@ -122,24 +142,32 @@ struct ComposedStep {
     to.copy_(skip.defined() ? at::where(skip, to, value) : value);
   }
 
-  // Times grad_scale, in the state's dtype.
+  // A moment of step `step`, rounded stochastically where it is kept in bf16.
+  void keep(const at::Tensor& to, const at::Tensor& value, const at::Tensor& step,
+            uint64_t seed) const {
+    assign(to, to.scalar_type() == at::kBFloat16 ? round_stochastically(value, step, seed) : value);
+  }
+
+  // Times grad_scale, in the step's dtype.
   at::Tensor scaled(const at::Tensor& gradient) const {
     const auto exact = gradient.to(lr.scalar_type());
     return grad_scale.defined() ? exact * grad_scale : exact;
   }
 
   // The moments m and v of this gradient (or its projection) a -> the direction of the step; keeps
-  // what they become in `slot`. O: beta1, beta2, eps.
+  // what they become in `slot`. O: beta1, beta2, eps, seed; `stream` differs between parameters.
   template <class Slot, class O>
-  at::Tensor adam(Slot& slot, at::Tensor m, at::Tensor v, const at::Tensor& a, const O& o) const {
+  at::Tensor adam(Slot& slot, at::Tensor m, at::Tensor v, const at::Tensor& a, const O& o,
+                  size_t stream) const {
     const auto t = slot.step + 1;
-    m = m * o.beta1 + a * (1 - o.beta1);
-    v = v * o.beta2 + a.square() * (1 - o.beta2);
+    m = m.to(a.scalar_type()) * o.beta1 + a * (1 - o.beta1);
+    v = v.to(a.scalar_type()) * o.beta2 + a.square() * (1 - o.beta2);
     const auto exact = t.to(a.scalar_type());
     const auto first = 1 - at::pow(o.beta1, exact), second = 1 - at::pow(o.beta2, exact);
     const auto direction = (m / first) / ((v / second).sqrt_() + o.eps);
-    assign(slot.exp_avg, m);
-    assign(slot.exp_avg_sq, v);
+    const auto seed = seed_of(o.seed, stream);
+    keep(slot.exp_avg, m, t, seed + kExpAvgSeed);
+    keep(slot.exp_avg_sq, v, t, seed + kExpAvgSqSeed);
     assign(slot.step, t);
     return direction;
   }
@@ -151,13 +179,61 @@ struct ComposedStep {
             size_t stream) const {
     auto moved = p.to(lr.scalar_type()) * (1 - lr * o.weight_decay) - direction * lr;
     if (p.scalar_type() == at::kBFloat16) {
-      const auto seed = (static_cast<uint64_t>(o.seed) << 32) ^ stream;
-      moved =
-          o.stochastic_rounding ? round_stochastically(moved, step, seed) : moved.to(at::kBFloat16);
+      moved = o.stochastic_rounding ? round_stochastically(moved, step, seed_of(o.seed, stream))
+                                    : moved.to(at::kBFloat16);
     }
     assign(p, moved);
   }
 };
+
+// Whether a step is fused: where it can be, unless the composed one is asked for.
+inline bool is_fused(const char* optimizer, const std::string& name, const at::Tensor& parameter,
+                     const std::string& implementation, bool takes) {
+  OUNCE_CHECK(takes || implementation != "fused", "[", optimizer, "] '", name, "' ",
+              parameter.scalar_type(), parameter.sizes(), " on ", parameter.device(),
+              ": expected what the fused step takes; optim/README.md lists it, 'auto' composes the "
+              "others");
+  return takes && implementation != "reference";
+}
+
+// A parameter's part of a fused AdamW step.
+template <class Slot, class O>
+FusedTensor fused_tensor(const at::Tensor& parameter, const Slot& slot, const O& o, size_t index) {
+  return {.parameter = parameter.detach(),
+          .gradient = parameter.grad(),
+          .exp_avg = slot.exp_avg,
+          .exp_avg_sq = slot.exp_avg_sq,
+          .step = slot.step,
+          .seed = seed_of(o.seed, index)};
+}
+// Of one kind, in one launch.
+using FusedKind = std::tuple<std::string, at::ScalarType, at::ScalarType>;
+inline FusedKind kind_of(const FusedTensor& t) {
+  return {t.parameter.device().str(), t.parameter.scalar_type(), t.exp_avg.scalar_type()};
+}
+
+// The same for a fused step. O: beta1, beta2, eps, weight_decay, stochastic_rounding.
+template <class O>
+FusedSettings fused_settings(const StepControl& control, const NamedOptimizer::GroupOptions& group,
+                             const O& o, const at::Device& device) {
+  const auto scalar = [&](const at::Tensor& t) {
+    return t.defined() ? t.to(device, at::kFloat) : at::Tensor();
+  };
+  FusedSettings s{.lr = scalar(control.lr),
+                  .grad_scale = scalar(control.grad_scale),
+                  .skip = scalar(control.skip),
+                  .beta1 = o.beta1,
+                  .beta2 = o.beta2,
+                  .eps = o.eps,
+                  .weight_decay = o.weight_decay,
+                  .stochastic_rounding = o.stochastic_rounding};
+  if (!s.lr.defined()) {
+    s.lr = at::full({}, group.lr, at::TensorOptions(at::kFloat).device(device));
+  } else if (group.lr_scale != 1) {
+    s.lr = s.lr * group.lr_scale;
+  }
+  return s;
+}
 
 // At construction, so that no step finds it out.
 inline void check_basis(const char* optimizer, const std::string& name, const at::Tensor& parameter,

@@ -65,7 +65,8 @@ at::Tensor dct_project(const at::Tensor& g, const at::Tensor& indices, Side side
 at::Tensor dct_backproject(const at::Tensor& a, const at::Tensor& indices, int64_t n, Side side,
                            Basis basis);
 
-// U V^T, nearly, of x = U S V^T, [..., R, C]; each matrix on its own; 0 stays 0.
+// U V^T, nearly, of x = U S V^T, [..., R, C]; each matrix on its own; 0 stays 0. bf16 matrices on a
+// GPU are multiplied in bf16, but for kGram.
 at::Tensor newton_schulz(const at::Tensor& x, int64_t steps, Iteration kind);
 
 }  // namespace ounce::optim

@@ -4,6 +4,8 @@
 #include <ounce/optim/dct_adamw.h>
 
 #include <algorithm>
+#include <map>
+#include <tuple>
 
 namespace ounce::optim {
 
@@ -30,8 +32,10 @@ estimate_fresh_columns = true  # a new column's second moment begins with its me
 project = true          # false: AdamW
 min_dim = 0             # matrices with a smaller side take AdamW; 0 = twice the rank
 max_dim = 32000         # so do those with a larger one
+state_dtype = "fp32"    # fp32 | bf16, rounded stochastically: in which moments are kept
 stochastic_rounding = true  # of bf16 parameters; false: to nearest
 seed = 0                # of that
+implementation = "auto"  # auto | fused | reference: fused refuses what the fused step does not take
 group = []              # tables: match = "*norm*", and what differs: lr_scale or any key above
 )";
 
@@ -83,7 +87,7 @@ struct DctAdamW::Step : ComposedStep {
     v = at::where(kept, v.index_select(1, source), fresh);
   }
 
-  Tensor projected(Slot& slot, const Tensor& gradient) const {
+  Tensor projected(Slot& slot, const Tensor& gradient, size_t index) const {
     auto g = slot.transposed ? gradient.t() : gradient;
     const auto n = g.size(1);
     if (slot.residual.defined()) {
@@ -101,7 +105,7 @@ struct DctAdamW::Step : ComposedStep {
       const auto full = dct_backproject(low, indices, n, Side::kRight, o.basis);
       return slot.transposed ? full.t() : full;
     };
-    const auto low = adam(slot, m, v, a, o);
+    const auto low = adam(slot, m, v, a, o, index);
     if (chooses) assign(slot.indices, indices);
     auto direction = back(low);
     if (o.residual == Residual::kNone) return direction;
@@ -129,9 +133,10 @@ struct DctAdamW::Step : ComposedStep {
 
   void operator()(const Tensor& parameter, Slot& slot, size_t index) const {
     const auto gradient = scaled(parameter.grad());
-    const auto direction = slot.indices.defined()
-                               ? projected(slot, as_matrix(gradient)).reshape(parameter.sizes())
-                               : adam(slot, slot.exp_avg, slot.exp_avg_sq, gradient, o);
+    const auto direction =
+        slot.indices.defined()
+            ? projected(slot, as_matrix(gradient), index).reshape(parameter.sizes())
+            : adam(slot, slot.exp_avg, slot.exp_avg_sq, gradient, o, index);
     move(parameter.detach(), direction, o, slot.step, index);
   }
 };
@@ -145,33 +150,84 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
     for (const auto& parameter : group.params()) {
       auto& slot = slots_[index_of(parameter)];
       const auto fresh = parameter.options().requires_grad(false).dtype(
-          state_type("dct_adamw", name_of(parameter), parameter));
+          state_type("dct_adamw", name_of(parameter), parameter, o.state_dtype));
       const auto projection = projection_of("dct_adamw", name_of(parameter), parameter, o);
       make_moments(slot, moment_sizes(parameter, projection), fresh);
       if (!projection) continue;
       check_basis("dct_adamw", name_of(parameter), parameter, o.basis, projection->n);
       slot.transposed = projection->transposed;
       slot.indices = at::arange(projection->rank, fresh.dtype(at::kInt));
+      const auto exact = fresh.dtype(step_type("dct_adamw", name_of(parameter), parameter));
       if (o.residual == Residual::kErrorFeedback) {
-        slot.residual = at::zeros(parameter.sizes(), fresh);
+        slot.residual = at::zeros(parameter.sizes(), exact);
       }
-      if (o.residual == Residual::kFira) slot.residual_norm = at::zeros({}, fresh);
+      if (o.residual == Residual::kFira) slot.residual_norm = at::zeros({}, exact);
     }
   }
 }
 
+// What the parameters of a fused step share.
+struct DctAdamW::Alike {
+  FusedKind kind;
+  bool projected;
+  int64_t rows, columns, rank;
+  bool transposed, chooses;
+
+  auto operator<=>(const Alike&) const = default;
+};
+
 void DctAdamW::update(const StepControl& control) {
   const at::NoGradGuard no_grad;
   for (size_t g = 0; g < param_groups().size(); ++g) {
-    const auto& options = static_cast<const GroupOptions&>(param_groups()[g].options());
+    const auto& o = settings_[g];
+    const auto& group = static_cast<const GroupOptions&>(param_groups()[g].options());
+    std::map<Alike, std::vector<FusedTensor>> fused;
     for (const auto& parameter : param_groups()[g].params()) {
       const auto index = index_of(parameter);
       auto& slot = slots_[index];
-      if (!has_gradient("dct_adamw", name_of(parameter), parameter, slot.exp_avg)) continue;
-      Step{{control, options, parameter, slot.exp_avg.scalar_type()}, settings_[g]}(parameter, slot,
+      const auto& name = name_of(parameter);
+      if (!has_gradient("dct_adamw", name, parameter, slot.exp_avg)) continue;
+      auto tensor = fused_tensor(parameter, slot, o, index);
+      tensor.indices = slot.indices;
+      if (is_fused("dct_adamw", name, parameter, o.implementation, takes(tensor, slot, o))) {
+        Alike alike{.kind = kind_of(tensor)};
+        if (slot.indices.defined()) {
+          alike = {alike.kind,
+                   true,
+                   parameter.size(0),
+                   parameter.numel() / parameter.size(0),
+                   slot.indices.size(0),
+                   slot.transposed,
+                   slot.gradients++ % o.update_interval == 0};
+        }
+        fused[alike].push_back(tensor);
+        continue;
+      }
+      Step{{control, group, parameter, step_type("dct_adamw", name, parameter)}, o}(parameter, slot,
                                                                                     index);
     }
+    for (const auto& [alike, tensors] : fused) {
+      const auto settings = fused_settings(control, group, o, tensors[0].parameter.device());
+      if (!alike.projected) {
+        fused_.adamw(tensors, settings);
+        continue;
+      }
+      fused_.low_rank(tensors,
+                      {.basis = o.basis,
+                       .norm = o.norm,
+                       .transposed = alike.transposed,
+                       .chooses = alike.chooses,
+                       .rotate = o.rotate,
+                       .estimate_fresh_columns = o.estimate_fresh_columns},
+                      settings);
+    }
   }
+}
+
+bool DctAdamW::takes(const FusedTensor& tensor, const Slot& slot, const DctAdamWOptions& o) {
+  if (!slot.indices.defined()) return FusedSteps::takes(tensor);
+  return o.residual == Residual::kNone &&
+         FusedSteps::takes(tensor, {.basis = o.basis, .transposed = slot.transposed});
 }
 
 Tensor DctAdamW::indices_of(const Tensor& parameter) const {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ounce/optim/dct.h>
+#include <ounce/optim/fused_step.h>
 #include <ounce/optim/named_optimizer.h>
 
 #include <cstdint>
@@ -43,11 +44,17 @@ struct DctAdamWOptions {
   // if it had been there with that; without, with 0, and its first update is several times too
   // large.
   bool estimate_fresh_columns = true;
-  bool project = true;              // false: AdamW
-  int64_t min_dim = 0;              // matrices with a smaller side take AdamW; 0 = twice the rank
-  int64_t max_dim = 32000;          // so do those with a larger one: embeddings and heads
-  bool stochastic_rounding = true;  // of bf16 parameters; false: to nearest
-  int64_t seed = 0;                 // of that
+  bool project = true;      // false: AdamW
+  int64_t min_dim = 0;      // matrices with a smaller side take AdamW; 0 = twice the rank
+  int64_t max_dim = 32000;  // so do those with a larger one: embeddings and heads
+  at::ScalarType state_dtype = at::kFloat;  // or kBFloat16, rounded stochastically
+  bool stochastic_rounding = true;          // of bf16 parameters; false: to nearest
+  int64_t seed = 0;                         // of that
+  // auto | fused | reference. Fused: on a Hopper GPU, a few launches for all parameters of a shape;
+  // it takes fp32 and bf16, the bases dct2 and identity, ranks of 16 n up to 256, sides of 8 n that
+  // have no prime factor over 11 where they are projected, and no residual. "fused" throws for
+  // others, "auto" composes them.
+  std::string implementation = "auto";
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
 
@@ -59,10 +66,9 @@ struct DctAdamWOptions {
 //   p = (1 - lr weight_decay) p - lr (u Q^T + the residual's step)
 // Parameters of more than two dimensions are matrices [d_0, the rest]. What is not projected takes
 // the same without Q: AdamW. State per projected parameter: exp_avg, exp_avg_sq [long side, rank],
-// indices [rank] int32, step, with kErrorFeedback residual, with kFira residual_norm, in the
-// parameter's dtype, of bf16 parameters in fp32, all from construction on. No host synchronisation,
-// so a choice of columns that falls on a skipped step waits for the next one. This is the composed
-// path, on any device.
+// indices [rank] int32, step, with kErrorFeedback residual, with kFira residual_norm, all
+// from construction on: moments in state_dtype, residuals in fp32 (fp64 of fp64 parameters). No
+// host synchronisation, so a choice of columns that falls on a skipped step waits for the next one.
 class DctAdamW : public NamedOptimizer {
  public:
   explicit DctAdamW(NamedParameters parameters, const DctAdamWOptions& options = {});
@@ -88,10 +94,13 @@ class DctAdamW : public NamedOptimizer {
     int64_t gradients = 0;               // so many have come
     bool transposed = false;             // the projected side is the rows
   };
-  struct Step;  // what one step does to one parameter
+  struct Step;  // what one composed step does to one parameter
+  struct Alike;
+  static bool takes(const FusedTensor& tensor, const Slot& slot, const DctAdamWOptions& options);
 
   std::vector<Slot> slots_;                // as parameters()
   std::vector<DctAdamWOptions> settings_;  // as param_groups()
+  FusedSteps fused_;
 };
 
 // Adds `dct_adamw` to the registry.

@@ -165,12 +165,19 @@ Quintic step_of(Iteration kind, int64_t step) {
   return kPolarExpress[std::min<size_t>(static_cast<size_t>(step), kPolarExpress.size() - 1)];
 }
 
-// a I + b m + c m^2
-Tensor polynomial(const Quintic& q, const Tensor& m) {
-  auto out = at::matmul(m, m).mul_(q.c).add_(m, q.b);
-  out.diagonal(0, -2, -1).add_(q.a);
-  return out;
-}
+// b m + c m^2
+Tensor polynomial(const Quintic& q, const Tensor& m) { return at::baddbmm(m, m, m, q.b, q.c); }
+
+// The Gram matrices [batch, n, n] of the smaller side of y, and y multiplied by others there.
+struct SmallerSide {
+  bool tall;
+
+  Tensor gram(const Tensor& y) const { return tall ? at::bmm(y.mT(), y) : at::bmm(y, y.mT()); }
+  // a y + p y
+  Tensor apply(const Tensor& p, const Tensor& y, double a) const {
+    return tall ? at::baddbmm(y, y, p, a) : at::baddbmm(y, p, y, a);
+  }
+};
 
 }  // namespace
 
@@ -231,26 +238,30 @@ Tensor newton_schulz(const Tensor& x, int64_t steps, Iteration kind) {
               "[newton_schulz] expected floating matrices [..., R, C], got ", x.scalar_type(), " ",
               x.sizes());
   OUNCE_CHECK(steps >= 0, "[newton_schulz] expected steps >= 0, got ", steps);
-  const bool tall = x.size(-2) > x.size(-1);
-  auto y = (tall ? x.transpose(-2, -1) : x).to(compute_type(x));
-  auto norm = y.square().sum({-2, -1}, /*keepdim=*/true).sqrt_();
+  const SmallerSide side{x.size(-2) > x.size(-1)};
+  // A GPU multiplies bf16 and sums in fp32. The Gram matrices of the whole iteration need more.
+  const bool bf16 = x.is_cuda() && x.scalar_type() == at::kBFloat16 && kind != Iteration::kGram;
+  auto y = x.reshape({-1, x.size(-2), x.size(-1)}).to(bf16 ? at::kBFloat16 : compute_type(x));
+  auto norm = at::linalg_vector_norm(y, 2, {-2, -1}, /*keepdim=*/true, compute_type(x));
   if (kind == Iteration::kPolarExpress) norm *= kRoom;
-  y = y / norm.masked_fill(norm == 0, 1);
+  y = y * norm.masked_fill(norm == 0, 1).reciprocal().to(y.scalar_type());
   if (kind == Iteration::kGram) {
-    auto gram = at::matmul(y, y.transpose(-2, -1));
+    auto gram = side.gram(y);
     Tensor factor;
     for (int64_t step = 0; step < steps; ++step) {
-      const auto p = polynomial(kMuon, gram);
-      factor = factor.defined() ? at::matmul(p, factor) : p;
-      if (step + 1 < steps) gram = at::matmul(at::matmul(p, gram), p);
+      auto p = polynomial(kMuon, gram);
+      p.diagonal(0, -2, -1).add_(kMuon.a);
+      factor = factor.defined() ? at::bmm(p, factor) : p;
+      if (step + 1 < steps) gram = at::bmm(at::bmm(p, gram), p);
     }
-    if (factor.defined()) y = at::matmul(factor, y);
+    if (factor.defined()) y = side.apply(factor, y, 0);
   } else {
     for (int64_t step = 0; step < steps; ++step) {
-      y = at::matmul(polynomial(step_of(kind, step), at::matmul(y, y.transpose(-2, -1))), y);
+      const auto q = step_of(kind, step);
+      y = side.apply(polynomial(q, side.gram(y)), y, q.a);
     }
   }
-  return (tall ? y.transpose(-2, -1).contiguous() : y).to(x.scalar_type());
+  return y.to(x.scalar_type()).view(x.sizes());
 }
 
 // --- the dispatcher

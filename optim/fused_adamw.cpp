@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 #include <ounce/optim/adam_options.h>
+#include <ounce/optim/composed_step.h>
 #include <ounce/optim/fused_adamw.h>
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <map>
 #include <optional>
 
 namespace ounce::optim {
@@ -18,6 +20,10 @@ eps = 1e-8           # added to the root of the second moment
 weight_decay = 0.1   # decoupled; norms, biases and embeddings take 0 unless a group says otherwise
 amsgrad = false      # divide by the largest second moment so far
 maximize = false     # climb instead of descend
+state_dtype = "fp32" # fp32 | bf16, rounded stochastically: in which moments are kept
+stochastic_rounding = true  # of bf16 parameters; false: to nearest
+seed = 0             # of that
+implementation = "auto"  # auto | fused | reference: fused refuses what the fused step does not take
 group = []           # tables: match = "*norm*", and what differs: lr_scale or any key above
 )";
 
@@ -25,6 +31,7 @@ Options to_options(const AdamWOptions& from) {
   auto options = write_adam_options("adamw", from);
   options.set("amsgrad", from.amsgrad);
   options.set("maximize", from.maximize);
+  write_rounding_options(from, options);
   return options;
 }
 
@@ -34,12 +41,18 @@ AdamWOptions from_options(const Options& options) {
   read_adam_options("adamw", options, to);
   to.amsgrad = options.flag("amsgrad");
   to.maximize = options.flag("maximize");
+  read_rounding_options(options, to);
   return to;
 }
 
 // The elements in memory order: the CPU kernel walks memory, whatever the strides are.
 at::Tensor flat(const at::Tensor& dense) {
   return dense.is_contiguous() ? dense : dense.as_strided({dense.numel()}, {1});
+}
+
+// Whether a step of it rounds anything.
+bool is_rounded(const at::Tensor& parameter, const at::Tensor& state) {
+  return parameter.scalar_type() == at::kBFloat16 || state.scalar_type() == at::kBFloat16;
 }
 
 }  // namespace
@@ -52,7 +65,6 @@ struct FusedAdamW::Lists {
 
 FusedAdamW::FusedAdamW(NamedParameters parameters, const AdamWOptions& options)
     : NamedOptimizer(std::move(parameters), to_options(options), options.groups) {
-  refuse_16_bit("adamw");
   slots_.resize(this->parameters().size());
   for (const auto& group : param_groups()) {
     settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
@@ -61,10 +73,15 @@ FusedAdamW::FusedAdamW(NamedParameters parameters, const AdamWOptions& options)
                   "[adamw] '", name_of(parameter), "': expected a dense tensor, got strides ",
                   parameter.strides());
       auto& slot = slots_[index_of(parameter)];
+      const auto& o = settings_.back();
+      const auto type = state_type("adamw", name_of(parameter), parameter, o.state_dtype);
       slot.step = at::zeros({}, parameter.options().dtype(at::kFloat).requires_grad(false));
-      slot.exp_avg = at::zeros_like(parameter.detach());
-      slot.exp_avg_sq = at::zeros_like(parameter.detach());
-      if (settings_.back().amsgrad) slot.max_exp_avg_sq = at::zeros_like(parameter.detach());
+      slot.exp_avg = at::zeros_like(parameter.detach(), type);
+      slot.exp_avg_sq = at::zeros_like(parameter.detach(), type);
+      if (o.amsgrad) slot.max_exp_avg_sq = at::zeros_like(parameter.detach(), type);
+      OUNCE_CHECK(!is_rounded(parameter, slot.exp_avg) || (!o.amsgrad && !o.maximize), "[adamw] '",
+                  name_of(parameter),
+                  "': expected neither amsgrad nor maximize with bf16 parameters or moments");
     }
   }
 }
@@ -76,6 +93,7 @@ std::vector<FusedAdamW::Lists> FusedAdamW::gather(
     auto gradient = parameter.grad();
     if (!gradient.defined() || parameter.numel() == 0) continue;
     const auto& slot = slots_[index_of(parameter)];
+    if (is_rounded(parameter, slot.exp_avg)) continue;
     OUNCE_CHECK(slot.exp_avg.sizes() == parameter.sizes() &&
                     slot.exp_avg.strides() == parameter.strides() &&
                     slot.exp_avg.device() == parameter.device() &&
@@ -107,6 +125,31 @@ std::vector<FusedAdamW::Lists> FusedAdamW::gather(
   return all;
 }
 
+void FusedAdamW::update_rounded(size_t group, const StepControl& control) {
+  const auto& o = settings_[group];
+  const auto& options = static_cast<const GroupOptions&>(param_groups()[group].options());
+  std::map<FusedKind, std::vector<FusedTensor>> fused;
+  for (const auto& parameter : param_groups()[group].params()) {
+    const auto index = index_of(parameter);
+    auto& slot = slots_[index];
+    const auto& name = name_of(parameter);
+    if (!is_rounded(parameter, slot.exp_avg)) continue;
+    if (!has_gradient("adamw", name, parameter, slot.exp_avg)) continue;
+    const auto tensor = fused_tensor(parameter, slot, o, index);
+    if (is_fused("adamw", name, parameter, o.implementation, FusedSteps::takes(tensor))) {
+      fused[kind_of(tensor)].push_back(tensor);
+      continue;
+    }
+    const ComposedStep step(control, options, parameter, step_type("adamw", name, parameter));
+    const auto direction =
+        step.adam(slot, slot.exp_avg, slot.exp_avg_sq, step.scaled(parameter.grad()), o, index);
+    step.move(parameter.detach(), direction, o, slot.step, index);
+  }
+  for (const auto& [key, tensors] : fused) {
+    fused_.adamw(tensors, fused_settings(control, options, o, tensors[0].parameter.device()));
+  }
+}
+
 void FusedAdamW::update(const StepControl& control) {
   const at::NoGradGuard no_grad;
   // The kernel divides by its grad_scale, and skips where its found_inf equals one.
@@ -120,6 +163,7 @@ void FusedAdamW::update(const StepControl& control) {
       lr = control.lr.to(at::kFloat);
       if (options.lr_scale != 1) lr = lr * options.lr_scale;
     }
+    update_rounded(g, control);
     for (auto& lists : gather(param_groups()[g])) {
       const auto on_device = [&](const at::Tensor& scalar) {
         return scalar.defined() ? std::optional(scalar.to(lists.device)) : std::nullopt;
@@ -158,8 +202,7 @@ void FusedAdamW::visit_state(StateVisitor& visitor) {
 }
 
 void register_adamw() {
-  add_optimizer<FusedAdamW>("adamw", "AdamW with fp32 moments, one fused launch a group", kDefaults,
-                            from_options);
+  add_optimizer<FusedAdamW>("adamw", "AdamW, one fused launch a group", kDefaults, from_options);
 }
 
 }  // namespace ounce::optim

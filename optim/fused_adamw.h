@@ -2,6 +2,7 @@
 // AdamW (Loshchilov and Hutter 2019, algorithm 2) in one launch a group, on ATen's fused kernel.
 #pragma once
 
+#include <ounce/optim/fused_step.h>
 #include <ounce/optim/named_optimizer.h>
 
 #include <cstdint>
@@ -10,13 +11,17 @@
 namespace ounce::optim {
 
 struct AdamWOptions {
-  double lr = 1e-3;           // >= 0
-  double beta1 = 0.9;         // decay of the first moment, in [0, 1)
-  double beta2 = 0.95;        // decay of the second moment, in [0, 1)
-  double eps = 1e-8;          // > 0, added to the root of the second moment
-  double weight_decay = 0.1;  // >= 0, decoupled; norms, biases and embeddings take 0
-  bool amsgrad = false;       // divide by the largest second moment so far
-  bool maximize = false;      // climb
+  double lr = 1e-3;                         // >= 0
+  double beta1 = 0.9;                       // decay of the first moment, in [0, 1)
+  double beta2 = 0.95;                      // decay of the second moment, in [0, 1)
+  double eps = 1e-8;                        // > 0, added to the root of the second moment
+  double weight_decay = 0.1;                // >= 0, decoupled; norms, biases and embeddings take 0
+  bool amsgrad = false;                     // divide by the largest second moment so far
+  bool maximize = false;                    // climb
+  at::ScalarType state_dtype = at::kFloat;  // or kBFloat16, rounded stochastically
+  bool stochastic_rounding = true;          // of bf16 parameters; false: to nearest
+  int64_t seed = 0;                         // of that
+  std::string implementation = "auto";      // auto | fused | reference, as of DctAdamW
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
 
@@ -24,12 +29,15 @@ struct AdamWOptions {
 // control.grad_scale:
 //   p -= lr weight_decay p;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
 //   p -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-// Parameters are fp32 or fp64, dense, on a CPU or a GPU; 16-bit ones are refused by name. State per
-// parameter, in its dtype and layout: exp_avg, exp_avg_sq (max_exp_avg_sq with amsgrad), and step,
-// one fp32: 8 bytes a weight in fp32 (12 with amsgrad) and 4 a tensor, allocated at construction; a
-// step allocates only scalars (and a copy of a gradient whose layout is not its parameter's). Where
-// control.grad_scale is given, .grad holds the scaled gradients after a step that was not skipped,
-// as after clip_grad_norm_; otherwise gradients are not written.
+// Parameters are fp32, fp64 or bf16, dense, on a CPU or a GPU; fp16 ones are refused by name. State
+// per parameter, in its layout: exp_avg, exp_avg_sq (max_exp_avg_sq with amsgrad) in state_dtype
+// (fp64 of fp64 parameters), and step, one fp32: 8 bytes a weight in fp32 (12 with amsgrad), 4 in
+// bf16, and 4 a tensor, allocated at construction; a step allocates only scalars (and a copy of a
+// gradient whose layout is not its parameter's). fp32 and fp64 with a state of their own dtype take
+// LibTorch's fused kernel: where control.grad_scale is given, .grad holds the scaled gradients
+// after a step that was not skipped, as after clip_grad_norm_; otherwise gradients are not written.
+// What is rounded takes one launch of ours on a Hopper GPU and is composed elsewhere, without
+// amsgrad and maximize.
 class FusedAdamW : public NamedOptimizer {
  public:
   explicit FusedAdamW(NamedParameters parameters, const AdamWOptions& options = {});
@@ -47,12 +55,14 @@ class FusedAdamW : public NamedOptimizer {
   struct Slot {
     at::Tensor step, exp_avg, exp_avg_sq, max_exp_avg_sq;
   };
-  struct Lists;  // what one call of the kernel takes: one device, one dtype
+  struct Lists;  // what one call of LibTorch's kernel takes: one device, one dtype
 
   std::vector<Lists> gather(const torch::optim::OptimizerParamGroup& group) const;
+  void update_rounded(size_t group, const StepControl& control);
 
   std::vector<Slot> slots_;             // as parameters()
   std::vector<AdamWOptions> settings_;  // as param_groups()
+  FusedSteps fused_;
 };
 
 // Adds `adamw` to the registry.

@@ -27,8 +27,10 @@ side = "auto"           # auto | left | right: which side is projected
 project = true          # false: AdamW
 min_dim = 0             # matrices with a smaller side take AdamW; 0 = twice the rank
 max_dim = 32000         # so do those with a larger one
+state_dtype = "fp32"    # fp32 | bf16, rounded stochastically: in which moments are kept
 stochastic_rounding = true  # of bf16 parameters; false: to nearest
 seed = 0                # of that
+implementation = "auto"  # auto | fused | reference: fused refuses what the fused step does not take
 group = []              # tables: match = "*norm*", and what differs: lr_scale or any key above
 )";
 
@@ -80,13 +82,14 @@ GaLore::GaLore(NamedParameters parameters, const GaLoreOptions& options)
     for (const auto& parameter : group.params()) {
       auto& slot = slots_[index_of(parameter)];
       const auto fresh = parameter.options().requires_grad(false).dtype(
-          state_type("galore", name_of(parameter), parameter));
+          state_type("galore", name_of(parameter), parameter, settings_.back().state_dtype));
       const auto projection =
           projection_of("galore", name_of(parameter), parameter, settings_.back());
       make_moments(slot, moment_sizes(parameter, projection), fresh);
       if (!projection) continue;
       slot.transposed = projection->transposed;
-      slot.basis = at::eye(projection->n, projection->rank, fresh);
+      slot.basis = at::eye(projection->n, projection->rank,
+                           fresh.dtype(step_type("galore", name_of(parameter), parameter)));
     }
   }
 }
@@ -96,14 +99,22 @@ void GaLore::update(const StepControl& control) {
   for (size_t i = 0; i < param_groups().size(); ++i) {
     const auto& o = settings_[i];
     const auto& group = static_cast<const GroupOptions&>(param_groups()[i].options());
+    std::map<FusedKind, std::vector<FusedTensor>> fused;
     for (const auto& parameter : param_groups()[i].params()) {
       const auto index = index_of(parameter);
       auto& slot = slots_[index];
       if (!has_gradient("galore", name_of(parameter), parameter, slot.exp_avg)) continue;
-      const ComposedStep step(control, group, parameter, slot.exp_avg.scalar_type());
+      const auto tensor = fused_tensor(parameter, slot, o, index);
+      if (!slot.basis.defined() && is_fused("galore", name_of(parameter), parameter,
+                                            o.implementation, FusedSteps::takes(tensor))) {
+        fused[kind_of(tensor)].push_back(tensor);
+        continue;
+      }
+      const ComposedStep step(control, group, parameter,
+                              step_type("galore", name_of(parameter), parameter));
       auto g = step.scaled(parameter.grad());
       if (!slot.basis.defined()) {
-        const auto direction = step.adam(slot, slot.exp_avg, slot.exp_avg_sq, g, o);
+        const auto direction = step.adam(slot, slot.exp_avg, slot.exp_avg_sq, g, o, index);
         step.move(parameter.detach(), direction, o, slot.step, index);
         continue;
       }
@@ -115,11 +126,14 @@ void GaLore::update(const StepControl& control) {
       }
       ++slot.gradients;
       const auto low =
-          step.adam(slot, slot.exp_avg, slot.exp_avg_sq, at::matmul(g, basis), o) * o.scale;
+          step.adam(slot, slot.exp_avg, slot.exp_avg_sq, at::matmul(g, basis), o, index) * o.scale;
       const auto direction = at::matmul(low, basis.t());
       step.move(parameter.detach(),
                 (slot.transposed ? direction.t() : direction).reshape(parameter.sizes()), o,
                 slot.step, index);
+    }
+    for (const auto& [kind, tensors] : fused) {
+      fused_.adamw(tensors, fused_settings(control, group, o, tensors[0].parameter.device()));
     }
   }
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ounce/optim/dct.h>
+#include <ounce/optim/fused_step.h>
 #include <ounce/optim/named_optimizer.h>
 
 #include <cstdint>
@@ -28,12 +29,15 @@ struct GaLoreOptions {
   int64_t update_interval = 200;  // gradients between choices of the subspace
   double scale = 0.25;            // >= 0, of the projected step
   Subspace subspace = Subspace::kSvd;
-  Side side = Side::kAuto;          // which side is projected; auto: the smaller
-  bool project = true;              // false: AdamW
-  int64_t min_dim = 0;              // matrices with a smaller side take AdamW; 0 = twice the rank
-  int64_t max_dim = 32000;          // so do those with a larger one: embeddings and heads
-  bool stochastic_rounding = true;  // of bf16 parameters; false: to nearest
-  int64_t seed = 0;                 // of that
+  Side side = Side::kAuto;  // which side is projected; auto: the smaller
+  bool project = true;      // false: AdamW
+  int64_t min_dim = 0;      // matrices with a smaller side take AdamW; 0 = twice the rank
+  int64_t max_dim = 32000;  // so do those with a larger one: embeddings and heads
+  at::ScalarType state_dtype = at::kFloat;  // or kBFloat16, rounded stochastically
+  bool stochastic_rounding = true;          // of bf16 parameters; false: to nearest
+  int64_t seed = 0;                         // of that
+  std::string implementation =
+      "auto";  // auto | fused | reference, as of DctAdamW, of what is not projected
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
 
@@ -68,6 +72,7 @@ class GaLore : public NamedOptimizer {
 
   std::vector<Slot> slots_;              // as parameters()
   std::vector<GaLoreOptions> settings_;  // as param_groups()
+  FusedSteps fused_;
 };
 
 // Adds `galore` to the registry.

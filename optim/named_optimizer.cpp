@@ -289,16 +289,6 @@ const std::string& NamedOptimizer::name_of(const at::Tensor& parameter) const {
 
 const NamedParameters& NamedOptimizer::parameters() const { return parameters_; }
 
-void NamedOptimizer::refuse_16_bit(std::string_view optimizer) const {
-  for (const auto& [name, parameter] : parameters_) {
-    const auto type = parameter.scalar_type();
-    OUNCE_CHECK(
-        type == at::kFloat || type == at::kDouble, "[", optimizer, "] '", name, "' is ", type,
-        ": a 16-bit parameter needs an optimizer with stochastic rounding; keep parameters in "
-        "fp32 and compute in bf16");
-  }
-}
-
 void NamedOptimizer::visit_groups(StateVisitor& visitor) {
   const auto scope = visitor.scope("groups");
   for (size_t i = 0; i < param_groups_.size(); ++i) {

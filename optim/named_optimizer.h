@@ -97,9 +97,6 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
   virtual void update(const StepControl& control) = 0;
   // Presents "groups/<i>/lr", for checkpoints of a program that changes lr through the groups.
   void visit_groups(StateVisitor& visitor);
-  // For optimizers without stochastic rounding: Fault::kUsage naming the first parameter that is
-  // not fp32 or fp64. 16-bit weights lose updates smaller than half their spacing.
-  void refuse_16_bit(std::string_view optimizer) const;
   // Position in parameters(); unknown: Fault::kUsage.
   size_t index_of(const at::Tensor& parameter) const;
 

@@ -28,8 +28,10 @@ adamw_lr = 3e-4         # theirs; the schedule multiplies it too
 beta1 = 0.9
 beta2 = 0.95
 eps = 1e-8
+state_dtype = "fp32"    # fp32 | bf16, rounded stochastically: in which moments are kept
 stochastic_rounding = true  # of bf16 parameters; false: to nearest
 seed = 0                # of that
+implementation = "auto"  # auto | fused | reference: fused refuses what the fused step does not take
 group = []              # tables: match = "*qkv*", and what differs: lr_scale or any key above
 )";
 const std::string kTrionDefaults =
@@ -180,8 +182,8 @@ Trion::Trion(const char* name, NamedParameters parameters, const Options& option
       const auto index = index_of(parameter);
       const auto& full_name = name_of(parameter);
       auto& slot = slots_[index];
-      const auto fresh =
-          parameter.options().requires_grad(false).dtype(state_type(name, full_name, parameter));
+      const auto fresh = parameter.options().requires_grad(false).dtype(
+          state_type(name, full_name, parameter, o.state_dtype));
       if (takes_adamw(full_name, parameter, o)) {
         make_moments(slot, parameter.sizes(), fresh);
         continue;
@@ -214,6 +216,11 @@ Trion::Trion(const char* name, NamedParameters parameters, const Options& option
   for (auto& [key, bucket] : buckets) buckets_.push_back(std::move(bucket));
 }
 
+// A split has its pieces' rows apart: no two tensors share a stream.
+size_t Trion::stream_of(const Bucket::Piece& piece) {
+  return piece.parameter ^ (static_cast<size_t>(piece.from) << 16);
+}
+
 void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
                              const StepControl& control) {
   const auto& o = settings_[bucket.group];
@@ -240,22 +247,24 @@ void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
     auto& slot = slots_[piece.parameter];
     if (!has_gradient(name_, name, parameter, slot.step)) continue;
     const auto piece_of = [&](const Tensor& t) { return t.narrow(0, piece.from, rows); };
-    const ComposedStep step(control, group, parameter, slot.momentum.scalar_type());
+    const ComposedStep step(control, group, parameter, step_type(name_, name, parameter));
     const auto m = as_matrix(piece_of(slot.momentum));
     const auto g = as_matrix(step.scaled(piece_of(parameter.grad())));
     const auto b = m + g;
+    const auto stream = stream_of(piece);
+    const auto keep = [&](const Tensor& momentum) {
+      step.keep(m, momentum, slot.step, seed_of(o.seed, stream) + kExpAvgSeed);
+    };
     Tensor indices;
     if (full) {
       const auto kept = b * o.momentum;
-      step.assign(m, kept);
+      keep(kept);
       directions.push_back(o.nesterov ? g + kept : b);
     } else {
       indices = std::get<0>(dct_select(b, rank, side, o.norm, o.basis));
       directions.push_back(dct_project(b, indices, side, o.basis));
-      step.assign(m, b - back(directions.back(), indices) * (1 - o.momentum));
+      keep(b - back(directions.back(), indices) * (1 - o.momentum));
     }
-    // A split has its pieces' rows apart: no two tensors share a stream.
-    const auto stream = piece.parameter ^ (static_cast<size_t>(piece.from) << 16);
     moving.push_back({piece_of(parameter.detach()), indices, slot.step, stream, step});
   }
   if (moving.empty()) return;
@@ -270,32 +279,105 @@ void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
 
 void Trion::update(const StepControl& control) {
   const at::NoGradGuard no_grad;
-  for (size_t g = 0; g < param_groups().size(); ++g) {
-    const auto& o = settings_[g];
-    const auto& group = static_cast<const GroupOptions&>(param_groups()[g].options());
-    for (const auto& parameter : param_groups()[g].params()) {
-      const auto index = index_of(parameter);
-      auto& slot = slots_[index];
-      if (!has_gradient(name_, name_of(parameter), parameter, slot.step)) continue;
-      const auto& state = slot.momentum.defined() ? slot.momentum : slot.exp_avg;
-      ComposedStep step(control, group, parameter, state.scalar_type());
-      if (slot.momentum.defined()) {
-        step.assign(slot.step, slot.step + 1);
-        continue;
-      }
-      if (lr_ > 0) step.lr = step.lr * (o.adamw_lr / lr_);
-      const auto direction =
-          step.adam(slot, slot.exp_avg, slot.exp_avg_sq, step.scaled(parameter.grad()), o);
-      step.move(parameter.detach(), direction, o, slot.step, index);
-    }
-  }
+  // Fused steps read the counts before they advance, composed ones after.
+  std::vector<Bucket> composed;
+  std::vector<bool> has_composed(slots_.size());
   for (const auto& bucket : buckets_) {
+    composed.push_back(fused_step(bucket, control));
+    for (const auto& piece : composed.back().pieces) has_composed[piece.parameter] = true;
+  }
+  for (size_t g = 0; g < param_groups().size(); ++g) update_group(g, control, has_composed);
+  for (const auto& bucket : composed) {
     const auto together =
         static_cast<size_t>(std::max<int64_t>(1, kBatch / (bucket.rows * bucket.columns)));
     for (size_t from = 0; from < bucket.pieces.size(); from += together) {
       orthonormal_step(bucket, from, std::min(from + together, bucket.pieces.size()), control);
     }
   }
+}
+
+// The counts of what is orthonormalised, and AdamW.
+void Trion::update_group(size_t g, const StepControl& control,
+                         const std::vector<bool>& has_composed) {
+  const auto& o = settings_[g];
+  const auto& group = static_cast<const GroupOptions&>(param_groups()[g].options());
+  const double factor = lr_ > 0 ? o.adamw_lr / lr_ : 1;
+  std::map<FusedKind, std::vector<FusedTensor>> fused;
+  std::map<std::string, std::vector<Tensor>> counts;  // by device
+  for (const auto& parameter : param_groups()[g].params()) {
+    const auto index = index_of(parameter);
+    auto& slot = slots_[index];
+    const auto& name = name_of(parameter);
+    if (!has_gradient(name_, name, parameter, slot.step)) continue;
+    if (slot.momentum.defined() && !has_composed[index]) {
+      counts[parameter.device().str()].push_back(slot.step);
+      continue;
+    }
+    if (!slot.momentum.defined()) {
+      const auto tensor = fused_tensor(parameter, slot, o, index);
+      if (is_fused(name_, name, parameter, o.implementation, FusedSteps::takes(tensor))) {
+        fused[kind_of(tensor)].push_back(tensor);
+        continue;
+      }
+    }
+    ComposedStep step(control, group, parameter, step_type(name_, name, parameter));
+    if (slot.momentum.defined()) {
+      step.assign(slot.step, slot.step + 1);
+      continue;
+    }
+    step.lr = step.lr * factor;
+    const auto direction =
+        step.adam(slot, slot.exp_avg, slot.exp_avg_sq, step.scaled(parameter.grad()), o, index);
+    step.move(parameter.detach(), direction, o, slot.step, index);
+  }
+  for (const auto& [device, steps] : counts) {
+    fused_.count(steps, fused_settings(control, group, o, steps[0].device()));
+  }
+  for (const auto& [kind, tensors] : fused) {
+    auto settings = fused_settings(control, group, o, tensors[0].parameter.device());
+    settings.lr = settings.lr * factor;
+    fused_.adamw(tensors, settings);
+  }
+}
+
+// Steps what can be fused; what is left.
+Trion::Bucket Trion::fused_step(const Bucket& bucket, const StepControl& control) {
+  const auto& o = settings_[bucket.group];
+  const auto& group = static_cast<const GroupOptions&>(param_groups()[bucket.group].options());
+  const auto rank = rank_of(bucket.rows, bucket.columns, o);
+  FusedTrion how{.rank = rank,
+                 .basis = o.basis,
+                 .norm = o.norm,
+                 .transposed = !projects_columns(bucket.rows, bucket.columns, o.side),
+                 .momentum = o.momentum,
+                 .nesterov = o.nesterov,
+                 .ns_steps = o.ns_steps,
+                 .iteration = o.iteration,
+                 .factor = scale_of(bucket.rows, bucket.columns, o.scale)};
+  if (rank == std::min(bucket.rows, bucket.columns)) how.rank = 0;
+  auto rest = bucket;
+  rest.pieces.clear();
+  std::map<at::ScalarType, std::vector<FusedMomentum>> fused;  // by the momentum's type
+  for (const auto& piece : bucket.pieces) {
+    const auto& [name, parameter] = parameters()[piece.parameter];
+    auto& slot = slots_[piece.parameter];
+    if (!has_gradient(name_, name, parameter, slot.step)) continue;
+    const auto part = [&](const Tensor& t) { return t.narrow(0, piece.from, bucket.rows); };
+    const FusedMomentum matrix{.parameter = part(parameter.detach()),
+                               .gradient = part(parameter.grad()),
+                               .momentum = part(slot.momentum),
+                               .step = slot.step,
+                               .seed = seed_of(o.seed, stream_of(piece))};
+    if (is_fused(name_, name, parameter, o.implementation, FusedSteps::takes(matrix, how))) {
+      fused[matrix.momentum.scalar_type()].push_back(matrix);
+    } else {
+      rest.pieces.push_back(piece);
+    }
+  }
+  for (const auto& [type, matrices] : fused) {
+    fused_.trion(matrices, how, fused_settings(control, group, o, matrices[0].parameter.device()));
+  }
+  return rest;
 }
 
 bool Trion::orthonormalizes(const Tensor& parameter) const {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ounce/optim/dct.h>
+#include <ounce/optim/fused_step.h>
 #include <ounce/optim/named_optimizer.h>
 
 #include <cstdint>
@@ -45,11 +46,13 @@ struct TrionOptions {
   std::vector<std::string> adamw_names = {"*embed*", "head.*", "*.head.*", "*lm_head*"};  // globs
   int64_t max_dim = 32000;
   double adamw_lr = 3e-4;
-  double beta1 = 0.9;               // in [0, 1)
-  double beta2 = 0.95;              // in [0, 1)
-  double eps = 1e-8;                // > 0
-  bool stochastic_rounding = true;  // of bf16 parameters; false: to nearest
-  int64_t seed = 0;                 // of that
+  double beta1 = 0.9;                       // in [0, 1)
+  double beta2 = 0.95;                      // in [0, 1)
+  double eps = 1e-8;                        // > 0
+  at::ScalarType state_dtype = at::kFloat;  // or kBFloat16, rounded stochastically
+  bool stochastic_rounding = true;          // of bf16 parameters; false: to nearest
+  int64_t seed = 0;                         // of that
+  std::string implementation = "auto";      // auto | fused | reference, as of DctAdamW
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
 
@@ -60,10 +63,9 @@ struct TrionOptions {
 //   p = (1 - lr weight_decay) p - lr s newton_schulz(b') Q^T
 // and of full rank, where Q makes no difference:
 //   b = m + g;  m = momentum b;  b' = b, with nesterov g + momentum b
-// State per such parameter: momentum, as large as it; of the others AdamW's; in the parameter's
-// dtype, of bf16 parameters in fp32, all of it from construction on.
-// Matrices of equal shape are orthonormalised together. No host synchronisation. This is the
-// composed path, on any device.
+// State per such parameter: momentum, as large as it; of the others AdamW's; in state_dtype
+// (fp64 of fp64 parameters), all of it from construction on.
+// Matrices of equal shape are orthonormalised together. No host synchronisation.
 class Trion : public NamedOptimizer {
  public:
   explicit Trion(NamedParameters parameters, const TrionOptions& options = {});
@@ -98,7 +100,11 @@ class Trion : public NamedOptimizer {
     int64_t rows, columns;
     std::vector<Piece> pieces;
   };
-  // Bucket::pieces[from] up to `to`
+  static size_t stream_of(const Bucket::Piece& piece);
+  Bucket fused_step(const Bucket& bucket, const StepControl& control);
+  void update_group(size_t group, const StepControl& control,
+                    const std::vector<bool>& has_composed);
+  // The composed step of Bucket::pieces[from] up to `to`
   void orthonormal_step(const Bucket& bucket, size_t from, size_t to, const StepControl& control);
 
   const char* name_;
@@ -106,6 +112,7 @@ class Trion : public NamedOptimizer {
   std::vector<Slot> slots_;             // as parameters()
   std::vector<TrionOptions> settings_;  // as param_groups()
   std::vector<Bucket> buckets_;
+  FusedSteps fused_;
 };
 
 // Trion of full rank with the defaults of Muon.
@@ -125,8 +132,10 @@ struct MuonOptions {
   double beta1 = 0.9;
   double beta2 = 0.95;
   double eps = 1e-8;
-  bool stochastic_rounding = true;
+  at::ScalarType state_dtype = at::kFloat;  // or kBFloat16, rounded stochastically
+  bool stochastic_rounding = true;          // of bf16 parameters; false: to nearest
   int64_t seed = 0;
+  std::string implementation = "auto";  // auto | fused | reference, as of DctAdamW
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
 

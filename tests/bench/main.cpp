@@ -19,6 +19,7 @@
 
 #include "bench.h"
 #include "bench_ckpt.h"
+#include "bench_optim.h"
 
 namespace ounce::bench {
 namespace {
@@ -107,7 +108,7 @@ void run(const Arguments& arguments) {
   using Maker = std::vector<Case> (*)(at::Device);
   const std::vector<std::pair<std::string, Maker>> known{
       {"cce", cce_cases}, {"gla", gla_cases}, {"norm", norm_cases}, {"train", train_cases}};
-  std::vector<std::string> names{"ckpt"};
+  std::vector<std::string> names{"ckpt", "optim"};
   for (const auto& item : known) names.push_back(item.first);
   for (const auto& family : arguments.families) {
     OUNCE_CHECK(std::find(names.begin(), names.end(), family) != names.end(), "[bench] no family '",
@@ -145,11 +146,12 @@ void run(const Arguments& arguments) {
       if (file.is_open()) file << row.dump() << std::endl;
     }
   }
-  if (!chosen("ckpt")) return;
-  run_ckpt(device, arguments.seconds == 0, [&](auto row) {
+  const auto emit = [&](auto row) {
     row.update(where);
     if (file.is_open()) file << row.dump() << std::endl;
-  });
+  };
+  if (chosen("optim")) run_optim(device, arguments.seconds == 0, emit);
+  if (chosen("ckpt")) run_ckpt(device, arguments.seconds == 0, emit);
 }
 
 }  // namespace
@@ -159,7 +161,7 @@ int main(int argc, char** argv) {
   ounce::bench::Arguments arguments;
   CLI::App app(
       "Benchmarks: a line a case; limit = least possible time by this machine's rates / time");
-  app.add_option("family", arguments.families, "cce, gla, norm, train, ckpt; default all");
+  app.add_option("family", arguments.families, "cce, gla, norm, train, optim, ckpt; default all");
   app.add_option(
       "--json", arguments.json,
       "append a JSON object a case to this file; OUNCE_COMMIT names the commit without git");

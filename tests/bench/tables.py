@@ -56,6 +56,10 @@ COLUMNS = {
     "peer_peak_bytes": ("peer MiB", lambda v: f"{v / 2**20:.1f}"),
     "share_of_limit": ("share of the limit", "{:.0%}".format),
     "difference": ("difference", "{:.0e}".format),
+    "optimizer": ("optimizer", str),
+    "ms": ("ms", "{:.2f}".format),
+    "of_torch": ("of torch's fused AdamW", "{:.2f}".format),
+    "state_bytes": ("state MiB", lambda v: f"{v / 2**20:.1f}"),
     "cell": ("cell", str),
     "state_gb": ("state GB", "{:.2f}".format),
     "fb_ms": ("forward + backward ms", "{:.0f}".format),
@@ -108,7 +112,7 @@ DEFAULT_COLUMNS = {
     "flips": "count seconds failures".split(),
     "peers": "peer shape dtype pass ours_ms peer_ms ratio ours_peak_bytes peer_peak_bytes".split(),
 }
-IDENTITY = "t family name config variant restarted peer shape dtype pass device state_gb fb_ms every target".split()
+IDENTITY = "t optimizer family name config variant restarted peer shape dtype pass device state_gb fb_ms every target".split()
 # Limits that a table of a kind ends with.
 RATES = {
     "copy_gb_s": "copy {:.0f} GB/s",

@@ -297,12 +297,14 @@ TEST(FusedAdamW, StateBytesAreTheState) {
   EXPECT_EQ(largest.state_bytes(), 12 * weights + scalars);
 }
 
-TEST(FusedAdamW, SixteenBitParametersAreRefusedByName) {
-  for (const auto type : {at::kBFloat16, at::kHalf}) {
-    const NamedParameters mixed{{"a", torch::randn({2}).requires_grad_(true)},
-                                {"head.weight", torch::randn({2}).to(type).requires_grad_(true)}};
-    EXPECT_OUNCE_ERROR(FusedAdamW{mixed}, kUsage, "'head.weight'");
-    EXPECT_OUNCE_ERROR(FusedAdamW{mixed}, kUsage, "needs an optimizer with stochastic rounding");
+TEST(FusedAdamW, WhatItCannotRoundIsRefusedByName) {
+  const auto mixed = [](at::ScalarType type) {
+    return NamedParameters{{"a", torch::randn({2}).requires_grad_(true)},
+                           {"head.weight", torch::randn({2}).to(type).requires_grad_(true)}};
+  };
+  EXPECT_OUNCE_ERROR(FusedAdamW{mixed(at::kHalf)}, kUsage, "'head.weight' is Half: expected fp32");
+  for (const auto& options : {AdamWOptions{.amsgrad = true}, AdamWOptions{.maximize = true}}) {
+    EXPECT_OUNCE_ERROR((FusedAdamW{mixed(at::kBFloat16), options}), kUsage, "neither amsgrad nor");
   }
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <gtest/gtest.h>
 #include <ounce/optim/dct_adamw.h>
+#include <ounce/optim/fused_adamw.h>
 #include <ounce/optim/galore.h>
 #include <ounce/optim/stochastic_rounding.h>
 #include <ounce/optim/trion.h>
@@ -123,6 +124,39 @@ TEST_P(StochasticRounding, OptimizersMoveBf16Weights) {
   expect_bf16_follows<GaLore>(device());
   expect_bf16_follows<Trion>(device());
   expect_bf16_follows<Muon>(device());
+}
+
+// bf16 moments, whose changes of a thousandth would all be lost, become what fp32 ones do.
+TEST_P(StochasticRounding, MomentsOf16BitsFollow) {
+  const auto second_moment = [&](at::ScalarType state) {
+    const auto p = torch::zeros({40, 500}, torch::device(device())).requires_grad_();
+    AdamWOptions o;
+    o.lr = 1e-4;
+    o.beta2 = 0.999;
+    o.state_dtype = state;
+    FusedAdamW optimizer(NamedParameters{{"w", p}}, o);
+    for (int step = 0; step < 1000; ++step) {
+      p.mutable_grad() = torch::ones_like(p);
+      optimizer.step();
+    }
+    EXPECT_EQ(optimizer.state_bytes(), 2 * p.numel() * (state == at::kFloat ? 4 : 2) + 4);
+    struct Visitor : StateVisitor {
+      Tensor found;
+      void tensor(std::string_view name, Tensor& value, StateClass) override {
+        if (name == "exp_avg_sq") found = value;
+      }
+      void integer(std::string_view, int64_t&) override {}
+      void number(std::string_view, double&) override {}
+      void text(std::string_view, std::string&) override {}
+      bool loading() const override { return false; }
+    } visitor;
+    optimizer.visit_state(visitor);
+    EXPECT_EQ(visitor.found.scalar_type(), state);
+    return mean_of(visitor.found);
+  };
+  const double exact = second_moment(at::kFloat);
+  EXPECT_NEAR(exact, 1 - std::pow(0.999, 1000), 1e-3);
+  EXPECT_NEAR(second_moment(at::kBFloat16), exact, 0.01);
 }
 
 TEST(StochasticRoundingRefuses, Fp16) {

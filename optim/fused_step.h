@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: MIT
+// Steps of many parameters in a few launches, on a GPU that this build knows: AdamW of anything,
+// and AdamW in the subspace of chosen basis vectors (adamw_kernels.h, rank_kernels.h,
+// lowrank_kernels.h). Between those and the optimizers, whose composed steps define what is
+// computed. fused_step_cuda.cpp holds it, fused_step_none.cpp stands in where it is not built.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ounce/optim/dct.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace ounce::optim {
+
+// A parameter and what its step needs, all on one device.
+struct FusedTensor {
+  at::Tensor parameter, gradient;  // of one shape and dtype, fp32 or bf16
+  at::Tensor exp_avg, exp_avg_sq;  // fp32 or bf16, both alike
+  at::Tensor step;                 // fp32 scalar, counted by the step
+  uint64_t seed = 0;               // of stochastic rounding
+  at::Tensor indices;              // [rank] int32, of low_rank() alone
+};
+
+struct FusedSettings {
+  at::Tensor lr;                // fp32 scalar
+  at::Tensor grad_scale, skip;  // fp32 scalars, or undefined
+  double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
+  bool stochastic_rounding = true;  // of bf16 parameters; bf16 moments always are
+};
+
+// As in DctAdamWOptions.
+struct FusedLowRank {
+  Basis basis = Basis::kDct2;
+  int64_t norm = 2;
+  bool transposed = false;  // the rows are projected
+  bool chooses = true;      // this step chooses the columns
+  bool rotate = true, estimate_fresh_columns = true;
+};
+
+// A matrix [rows, columns] that Trion or Muon moves, contiguous; of a split, one of its parts.
+struct FusedMomentum {
+  at::Tensor parameter, gradient;  // fp32 or bf16
+  at::Tensor momentum;             // fp32, or bf16, rounded stochastically
+  at::Tensor step;                 // fp32 scalar, not counted by the step
+  uint64_t seed = 0;
+};
+// As in TrionOptions.
+struct FusedTrion {
+  int64_t rank = 0;  // 0 = full
+  Basis basis = Basis::kDct2;
+  int64_t norm = 2;
+  bool transposed = false;  // the rows are projected
+  double momentum = 0.95;
+  bool nesterov = false;  // of full rank
+  int64_t ns_steps = 5;
+  Iteration iteration = Iteration::kQuintic;
+  double factor = 1;  // of the step
+};
+
+class FusedSteps {
+ public:
+  FusedSteps();
+  ~FusedSteps();
+
+  // Whether adamw() and, of a matrix that is projected, low_rank() take it.
+  static bool takes(const FusedTensor& tensor);
+  static bool takes(const FusedTensor& tensor, const FusedLowRank& how);
+
+  static bool takes(const FusedMomentum& matrix, const FusedTrion& how);
+
+  // Tensors of the same dtypes.
+  void adamw(const std::vector<FusedTensor>& tensors, const FusedSettings& settings);
+  // Matrices of the same shape, rank and dtypes. Products take bf16 operands: fp32 gradients are
+  // rounded first. Scratch: up to 256 MiB, or one matrix's; a basis of each size stays.
+  void low_rank(const std::vector<FusedTensor>& tensors, const FusedLowRank& how,
+                const FusedSettings& settings);
+
+  // Matrices of the same shape and dtypes; orthonormalised in bf16.
+  void trion(const std::vector<FusedMomentum>& matrices, const FusedTrion& how,
+             const FusedSettings& settings);
+  // step += 1 of each, all on one device.
+  void count(const std::vector<at::Tensor>& steps, const FusedSettings& settings);
+
+  struct Impl;
+
+ private:
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace ounce::optim

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/core/check.h>
+#include <ounce/optim/fused_step.h>
+
+namespace ounce::optim {
+
+struct FusedSteps::Impl {};
+
+FusedSteps::FusedSteps() = default;
+FusedSteps::~FusedSteps() = default;
+
+bool FusedSteps::takes(const FusedTensor&) { return false; }
+bool FusedSteps::takes(const FusedTensor&, const FusedLowRank&) { return false; }
+bool FusedSteps::takes(const FusedMomentum&, const FusedTrion&) { return false; }
+
+void FusedSteps::adamw(const std::vector<FusedTensor>&, const FusedSettings&) {
+  fail(Fault::kProblem, "[optim] the fused step is not built");
+}
+void FusedSteps::low_rank(const std::vector<FusedTensor>&, const FusedLowRank&,
+                          const FusedSettings&) {
+  fail(Fault::kProblem, "[optim] the fused step is not built");
+}
+void FusedSteps::trion(const std::vector<FusedMomentum>&, const FusedTrion&, const FusedSettings&) {
+  fail(Fault::kProblem, "[optim] the fused step is not built");
+}
+void FusedSteps::count(const std::vector<at::Tensor>&, const FusedSettings&) {
+  fail(Fault::kProblem, "[optim] the fused step is not built");
+}
+
+}  // namespace ounce::optim

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: MIT
+// What the fused steps share; included by fused_step_cuda.cpp and fused_trion_cuda.cpp alone.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <ounce/optim/adamw_kernels.h>
+#include <ounce/optim/dct_rank_kernels.h>
+#include <ounce/optim/fused_step.h>
+#include <ounce/optim/lowrank_kernels.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <utility>
+
+namespace ounce::optim {
+
+using at::Tensor;
+
+inline constexpr int64_t kScratchBytes = int64_t{256} << 20;
+
+inline bool is_hopper(const at::Device& device) {
+  return device.is_cuda() && at::cuda::getDeviceProperties(device.index())->major == 9;
+}
+inline bool is_known(at::ScalarType type) { return type == at::kFloat || type == at::kBFloat16; }
+inline bool is_aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+inline const float* floats(const Tensor& t) {
+  return t.defined() ? t.const_data_ptr<float>() : nullptr;
+}
+
+inline Element element_of(const Tensor& t) {
+  return t.scalar_type() == at::kFloat ? Element::kFp32 : Element::kBf16;
+}
+inline RankBasis rank_basis(Basis basis) {
+  return basis == Basis::kIdentity ? RankBasis::kIdentity : RankBasis::kDct2;
+}
+
+// The i-th of a batch; null of an undefined tensor.
+inline void* row(const Tensor& t, size_t i) {
+  if (!t.defined()) return nullptr;
+  return static_cast<char*>(t.data_ptr()) +
+         static_cast<int64_t>(i) * t.stride(0) * t.element_size();
+}
+
+// A gradient as the copy engine reads it: itself, or a copy.
+inline Tensor read_by_boxes(const Tensor& gradient) {
+  const auto whole = gradient.contiguous();
+  return is_aligned(whole) ? whole : whole.clone();
+}
+
+// f(some of `all`), so that their scratch, `bytes` each, stays within its limit.
+template <class T, class F>
+void each_batch(const std::vector<T>& all, int64_t bytes, const F& f) {
+  const auto most = std::max<int64_t>(1, kScratchBytes / bytes);
+  for (auto from = all.begin(); from < all.end();) {
+    const auto end = from + std::min<int64_t>(most, all.end() - from);
+    f(std::vector<T>(from, end));
+    from = end;
+  }
+}
+
+// What launches read of each tensor. It is uploaded again only where something moved, so that a
+// graph of steps whose tensors stay holds no copy from the host.
+class Table {
+ public:
+  // Of `pointers`, which say whether it changed; make() gives the entries.
+  template <class Entry, class F>
+  const Entry* upload(std::vector<const void*> pointers, const at::Device& device, const F& make) {
+    if (pointers != pointers_) {
+      const std::vector<Entry> entries = make();
+      pointers_ = std::move(pointers);
+      put(entries.data(), entries.size() * sizeof(Entry), device);
+    }
+    return static_cast<const Entry*>(device_.const_data_ptr());
+  }
+
+ private:
+  void put(const void* data, size_t bytes, const at::Device& device) {
+    const auto size = static_cast<int64_t>(bytes);
+    const auto host = at::empty({size}, at::TensorOptions(at::kByte).pinned_memory(true));
+    std::memcpy(host.data_ptr(), data, bytes);
+    device_ = at::empty({size}, at::TensorOptions(at::kByte).device(device));
+    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None) {
+      device_.copy_(host, /*non_blocking=*/true);
+      return;
+    }
+    // A graph copies from the host at every launch.
+    C10_CUDA_CHECK(cudaMemcpyAsync(device_.data_ptr(), host.const_data_ptr(), bytes,
+                                   cudaMemcpyHostToDevice, c10::cuda::getCurrentCUDAStream()));
+    captured_.push_back(host);
+  }
+
+  std::vector<const void*> pointers_;
+  Tensor device_;
+  std::vector<Tensor> captured_;
+};
+
+// Of matrices of one shape: the chosen columns.
+struct Choice {
+  Tensor indices, source;  // [count, rank]; the second undefined where columns stay
+  Tensor squares;          // [count, n], where columns were chosen now
+  Tensor q;                // [count, rank, n] bf16
+};
+
+// Whether a matrix of this shape has a fused ranking and projection.
+inline bool projects(const Tensor& parameter, Basis basis, bool transposed, int64_t rank) {
+  if (basis != Basis::kDct2 && basis != Basis::kIdentity) return false;
+  const auto rows = parameter.size(0), columns = parameter.numel() / rows;
+  const auto n = transposed ? rows : columns;
+  return columns % 8 == 0 && n % 8 == 0 && rank % 16 == 0 && rank <= 256 && is_aligned(parameter) &&
+         can_rank(rank_basis(basis), n);
+}
+
+struct FusedSteps::Impl {
+  // Tables by the first tensor's memory and by what they are for.
+  enum class Use { kCount, kAdam, kRank, kProject, kBackproject, kMomentum, kMove };
+  std::map<std::pair<const void*, Use>, Table> tables;
+  std::map<std::pair<Basis, int64_t>, Tensor> bases;
+
+  Table& table(const Tensor& first, Use use) { return tables[{first.const_data_ptr(), use}]; }
+
+  // The largest columns of the matrices, fp32 or bf16. previous: [count, rank], or undefined; with
+  // it and `rotates` the source too.
+  Choice choose(const LowRankShape& shape, const std::vector<Tensor>& matrices, Basis basis,
+                int64_t norm, const Tensor& previous, bool rotates, const Tensor& skip);
+  // indices -> q
+  void gather(const LowRankShape& shape, Basis basis, Choice& choice);
+  // p = (1 - lr weight_decay) p - factor lr u q; lr undefined = 1
+  struct Update {
+    float keep = 1, weight_decay = 0, factor = 1;
+    Tensor lr, skip;
+    Rounding rounding = Rounding::kNearest;
+  };
+  // seeds, steps: of each.
+  void backproject(const LowRankShape& shape, const std::vector<Tensor>& parameters,
+                   const Tensor& u, const Tensor& q, const std::vector<Tensor>& steps,
+                   const std::vector<uint64_t>& seeds, const Update& update);
+  void count(const std::vector<Tensor>& steps, const Tensor& skip);
+};
+
+}  // namespace ounce::optim

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: MIT
+#include <ounce/optim/fused_step_parts.h>
+#include <ounce/optim/momentum_kernels.h>
+
+namespace ounce::optim {
+
+namespace {
+
+using Impl = FusedSteps::Impl;
+
+// momentum = keep (momentum + gradient), and the directions [count, ...] where they are defined.
+void add_gradients(Impl& impl, const std::vector<FusedMomentum>& matrices, const FusedSettings& s,
+                   double keep, bool nesterov, uint64_t seed, const Tensor& directions) {
+  std::vector<Tensor> gradients;
+  std::vector<const void*> pointers = {directions.defined() ? directions.const_data_ptr()
+                                                            : nullptr};
+  for (const auto& m : matrices) {
+    gradients.push_back(m.gradient.contiguous());
+    for (const Tensor* part :
+         std::initializer_list<const Tensor*>{&m.momentum, &gradients.back(), &m.step}) {
+      pointers.push_back(part->const_data_ptr());
+    }
+  }
+  const int each = blocks_of_chunks(matrices[0].momentum.numel());
+  const auto* table = impl.table(matrices[0].momentum, Impl::Use::kMomentum)
+                          .upload<MomentumTensor>(pointers, matrices[0].momentum.device(), [&] {
+                            std::vector<MomentumTensor> all;
+                            for (size_t i = 0; i < matrices.size(); ++i) {
+                              const auto& m = matrices[i];
+                              const bool aligned =
+                                  is_aligned(m.momentum) && is_aligned(gradients[i]) &&
+                                  reinterpret_cast<uintptr_t>(row(directions, i)) % 16 == 0;
+                              all.push_back({.momentum = m.momentum.data_ptr(),
+                                             .gradient = gradients[i].const_data_ptr(),
+                                             .direction = row(directions, i),
+                                             .step = floats(m.step),
+                                             .seed = m.seed + seed,
+                                             .count = m.momentum.numel(),
+                                             .first_block = static_cast<int>(i) * each,
+                                             .aligned = aligned});
+                            }
+                            return all;
+                          });
+  C10_CUDA_CHECK(
+      optim::momentum({.tensors = table,
+                       .count = static_cast<int>(matrices.size()),
+                       .blocks = static_cast<int>(matrices.size()) * each,
+                       .gradients_are_fp32 = gradients[0].scalar_type() == at::kFloat,
+                       .momenta_are_fp32 = matrices[0].momentum.scalar_type() == at::kFloat,
+                       .nesterov = nesterov,
+                       .keep = static_cast<float>(keep),
+                       .scale = floats(s.grad_scale),
+                       .skip = floats(s.skip)},
+                      c10::cuda::getCurrentCUDAStream()));
+}
+
+// Along directions [count, rows, columns] bf16.
+void move_all(Impl& impl, const std::vector<FusedMomentum>& matrices, const Tensor& directions,
+              const FusedSettings& s, double factor) {
+  std::vector<const void*> pointers = {directions.const_data_ptr()};
+  for (const auto& m : matrices) pointers.push_back(m.parameter.const_data_ptr());
+  const int each = blocks_of_chunks(matrices[0].parameter.numel());
+  const auto* table = impl.table(matrices[0].parameter, Impl::Use::kMove)
+                          .upload<MovedTensor>(pointers, directions.device(), [&] {
+                            std::vector<MovedTensor> all;
+                            for (size_t i = 0; i < matrices.size(); ++i) {
+                              const auto& m = matrices[i];
+                              const bool aligned =
+                                  is_aligned(m.parameter) &&
+                                  reinterpret_cast<uintptr_t>(row(directions, i)) % 16 == 0;
+                              all.push_back({.parameter = m.parameter.data_ptr(),
+                                             .direction = row(directions, i),
+                                             .step = floats(m.step),
+                                             .seed = m.seed,
+                                             .count = m.parameter.numel(),
+                                             .first_block = static_cast<int>(i) * each,
+                                             .aligned = aligned});
+                            }
+                            return all;
+                          });
+  C10_CUDA_CHECK(
+      optim::move(Move{.tensors = table,
+                       .count = static_cast<int>(matrices.size()),
+                       .blocks = static_cast<int>(matrices.size()) * each,
+                       .parameters_are_fp32 = matrices[0].parameter.scalar_type() == at::kFloat,
+                       .stochastic_rounding = s.stochastic_rounding,
+                       .lr = floats(s.lr),
+                       .skip = floats(s.skip),
+                       .weight_decay = static_cast<float>(s.weight_decay),
+                       .factor = static_cast<float>(factor)},
+                  c10::cuda::getCurrentCUDAStream()));
+}
+
+void full_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, const FusedTrion& how,
+                    const FusedSettings& s) {
+  const auto& first = matrices[0].parameter;
+  const auto rows = first.size(0), columns = first.numel() / rows;
+  const auto directions = at::empty({static_cast<int64_t>(matrices.size()), rows, columns},
+                                    first.options().dtype(at::kBFloat16));
+  add_gradients(impl, matrices, s, how.momentum, how.nesterov, kExpAvgSeed, directions);
+  move_all(impl, matrices, newton_schulz(directions, how.ns_steps, how.iteration), s, how.factor);
+}
+
+// b = x q^T, [count, longer, rank] bf16
+Tensor project_all(Impl& impl, const LowRankShape& shape, const std::vector<Tensor>& matrices,
+                   const Choice& choice, const Tensor& skip) {
+  auto b = at::empty({shape.count, shape.longer(), shape.rank}, choice.q.options());
+  std::vector<Tensor> rounded;
+  std::vector<const void*> pointers = {b.const_data_ptr(), choice.q.const_data_ptr()};
+  for (const auto& matrix : matrices) {
+    rounded.push_back(matrix.to(at::kBFloat16));
+    pointers.push_back(rounded.back().const_data_ptr());
+  }
+  const ProjectHow form = {.adam = false};
+  const auto* table =
+      impl.table(matrices[0], Impl::Use::kProject).upload<ProjectMatrix>(pointers, b.device(), [&] {
+        std::vector<ProjectMatrix> entries(matrices.size());
+        for (size_t i = 0; i < matrices.size(); ++i) {
+          C10_CUDA_CHECK(fill(
+              shape, form,
+              {.gradient = rounded[i].const_data_ptr(), .q = row(choice.q, i), .out = row(b, i)},
+              &entries[i]));
+        }
+        return entries;
+      });
+  C10_CUDA_CHECK(project({.shape = shape, .how = form, .matrices = table, .skip = floats(skip)},
+                         c10::cuda::getCurrentCUDAStream()));
+  return b;
+}
+
+void low_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, const FusedTrion& how,
+                   const FusedSettings& s) {
+  const auto& first = matrices[0].parameter;
+  const auto rows = first.size(0);
+  const LowRankShape shape = {.rows = rows,
+                              .columns = first.numel() / rows,
+                              .right = !how.transposed,
+                              .rank = static_cast<int>(how.rank),
+                              .count = static_cast<int>(matrices.size())};
+  std::vector<Tensor> parameters, momenta, steps;
+  std::vector<uint64_t> seeds, momentum_seeds;
+  for (const auto& m : matrices) {
+    parameters.push_back(m.parameter);
+    momenta.push_back(m.momentum);
+    steps.push_back(m.step);
+    seeds.push_back(m.seed);
+    momentum_seeds.push_back(m.seed + kExpAvgSeed);
+  }
+  // The momentum is rounded twice, by different bits.
+  add_gradients(impl, matrices, s, 1, false, kExpAvgSqSeed, {});
+  auto choice = impl.choose(shape, momenta, how.basis, how.norm, {}, false, {});
+  impl.gather(shape, how.basis, choice);
+  const auto b = project_all(impl, shape, momenta, choice, s.skip);
+  impl.backproject(shape, momenta, b, choice.q, steps, momentum_seeds,
+                   {.factor = static_cast<float>(1 - how.momentum),
+                    .skip = s.skip,
+                    .rounding = Rounding::kStochastic});
+  const auto u = newton_schulz(b, how.ns_steps, how.iteration);
+  impl.backproject(
+      shape, parameters, u, choice.q, steps, seeds,
+      {.weight_decay = static_cast<float>(s.weight_decay),
+       .factor = static_cast<float>(how.factor),
+       .lr = s.lr,
+       .skip = s.skip,
+       .rounding = s.stochastic_rounding ? Rounding::kStochastic : Rounding::kNearest});
+}
+
+}  // namespace
+
+bool FusedSteps::takes(const FusedMomentum& m, const FusedTrion& how) {
+  const bool known = is_hopper(m.parameter.device()) && is_known(m.parameter.scalar_type()) &&
+                     m.gradient.scalar_type() == m.parameter.scalar_type() &&
+                     is_known(m.momentum.scalar_type()) && m.parameter.is_contiguous();
+  return known && (how.rank == 0 || (projects(m.parameter, how.basis, how.transposed, how.rank) &&
+                                     is_aligned(m.momentum)));
+}
+
+void FusedSteps::trion(const std::vector<FusedMomentum>& matrices, const FusedTrion& how,
+                       const FusedSettings& s) {
+  if (matrices.empty()) return;
+  const c10::cuda::CUDAGuard guard(matrices[0].parameter.device());
+  const auto& first = matrices[0];
+  const auto rows = first.parameter.size(0), columns = first.parameter.numel() / rows;
+  // The directions, and what their iteration holds beside them.
+  const auto full =
+      2 * (2 * rows * columns + 2 * std::min(rows, columns) * std::min(rows, columns));
+  const auto copy = first.momentum.scalar_type() == at::kFloat ? rows * columns : 0;
+  const auto low = 2 * ((3 * std::max(rows, columns) + columns) * how.rank + copy);
+  each_batch(matrices, how.rank == 0 ? full : low, [&](const auto& batch) {
+    how.rank == 0 ? full_rank_step(*impl_, batch, how, s) : low_rank_step(*impl_, batch, how, s);
+  });
+}
+
+}  // namespace ounce::optim

@@ -1,0 +1,593 @@
+// SPDX-License-Identifier: MIT
+// The low-rank products without Torch: checked against double precision on the CPU, and timed over
+// the matrices of a model. For ncu and compute-sanitizer:
+//   lowrank_driver check | many | time [rounds [rank]] | once [rank]
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include <ounce/optim/lowrank_kernels.h>
+
+using namespace ounce::optim;
+
+namespace {
+
+#define CHECK(call)                                                                          \
+  do {                                                                                       \
+    const auto status_ = (call);                                                             \
+    if (status_ != cudaSuccess) {                                                            \
+      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(status_)); \
+      std::exit(1);                                                                          \
+    }                                                                                        \
+  } while (0)
+
+using bf16 = __nv_bfloat16;
+bool failed = false;
+
+template <class T>
+T* allocate(int64_t count) {
+  void* memory = nullptr;
+  CHECK(cudaMalloc(&memory, std::max<int64_t>(count, 1) * sizeof(T)));
+  return static_cast<T*>(memory);
+}
+
+__host__ __device__ float noise(uint64_t i, uint64_t seed) {  // N(0, 1)
+  const auto mix = [](uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+  };
+  const uint64_t r = mix(i * 0x9E3779B97F4A7C15ull + seed * 0xD6E8FEB86659FD93ull + 1);
+  const float u = ((r >> 40) + 0.5f) / 16777216.f, v = (r & 0xFFFFFF) / 16777216.f;
+  return sqrtf(-2 * logf(u)) * cosf(6.2831853f * v);
+}
+
+// ---- check
+
+// `count` tensors of `size` elements with gaps between them, on both sides.
+template <class T>
+struct Batch {
+  int64_t size, stride;
+  int count;
+  std::vector<T> host;
+  T* device;
+
+  static constexpr int kGap = 64;
+  Batch(int count_, int64_t size_, const std::function<float(int64_t)>& value)
+      : size(size_), stride((size_ + 7) / 8 * 8 + kGap), count(count_) {
+    host.resize(stride * count + kGap);
+    for (size_t i = 0; i < host.size(); ++i) host[i] = T(value(static_cast<int64_t>(i)));
+    device = allocate<T>(static_cast<int64_t>(host.size()));
+    push();
+  }
+  ~Batch() { cudaFree(device); }
+  Batch(const Batch&) = delete;
+  void push() {
+    CHECK(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  T* at(int i) { return device + kGap + i * stride; }
+  const T* of(int i) const { return host.data() + kGap + i * stride; }
+  bool in_gap(int64_t i) const { return i < kGap || (i - kGap) % stride >= size; }
+  std::vector<T> pull() const {
+    std::vector<T> got(host.size());
+    CHECK(cudaMemcpy(got.data(), device, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
+    return got;
+  }
+  // Compared with `expected` inside and with what was there in the gaps: the relative error.
+  void compare(const char* what, const std::vector<double>& expected, double limit) const {
+    const auto got = pull();
+    double error = 0, value = 0;
+    int64_t stray = 0, at = 0;
+    for (size_t i = 0; i < got.size(); ++i) {
+      if (in_gap(static_cast<int64_t>(i))) {
+        stray += std::memcmp(&got[i], &host[i], sizeof(T)) != 0;
+        continue;
+      }
+      const double x = expected[at++], y = static_cast<double>(static_cast<float>(got[i]));
+      error += std::isnan(y) ? 1e30 : (x - y) * (x - y);
+      value += x * x;
+    }
+    const double relative = std::sqrt(error) / std::max(std::sqrt(value), 1e-30);
+    report(what, relative, relative <= limit && stray == 0, stray);
+  }
+  void same(const char* what) const {
+    const auto got = pull();
+    const bool equal = std::memcmp(got.data(), host.data(), got.size() * sizeof(T)) == 0;
+    report(what, 0, equal, 0);
+  }
+  static void report(const char* what, double error, bool good, int64_t stray) {
+    std::printf(" %s %.1e", what, error);
+    if (stray > 0) std::printf(" (%lld written outside)", static_cast<long long>(stray));
+    if (!good) std::printf(" WRONG");
+    failed |= !good;
+  }
+};
+
+// Through a graph, as every launch can be captured in one.
+void run_captured(const std::function<cudaError_t(cudaStream_t)>& f) {
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t run;
+  CHECK(cudaStreamCreate(&stream));
+  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  CHECK(f(stream));
+  CHECK(cudaStreamEndCapture(stream, &graph));
+  CHECK(cudaGraphInstantiate(&run, graph, 0));
+  CHECK(cudaGraphLaunch(run, stream));
+  CHECK(cudaStreamSynchronize(stream));
+  CHECK(cudaGraphExecDestroy(run));
+  CHECK(cudaGraphDestroy(graph));
+  CHECK(cudaStreamDestroy(stream));
+}
+
+struct Case {
+  LowRankShape shape;
+  ProjectHow how;
+  bool source, squares, chosen, scale, skip;
+};
+
+// The numbers of the project test, in double.
+struct Expected {
+  std::vector<double> a, m, v, u;
+};
+
+template <class S>
+Expected expect(const Case& c, const Batch<bf16>& g, const Batch<bf16>& q, const Batch<S>& m,
+                const Batch<S>& v, const Batch<int32_t>& source, const Batch<float>& squares,
+                const Batch<int32_t>& chosen, float scale, float step, const Project& p) {
+  Expected e;
+  const auto& s = c.shape;
+  const int64_t longer = s.longer(), n = s.n(), r = s.rank;
+  const double t = step + 1;
+  for (int i = 0; i < s.count; ++i) {
+    std::vector<double> x(longer * n), qs(r * n);
+    for (int64_t k = 0; k < longer * n; ++k) {
+      x[s.right ? k : k % longer * n + k / longer] = static_cast<float>(g.of(i)[k]);
+    }
+    for (int64_t k = 0; k < r * n; ++k) qs[k] = static_cast<float>(q.of(i)[k]);
+    for (int64_t row = 0; row < longer; ++row) {
+      for (int64_t j = 0; j < r; ++j) {
+        double sum = 0;
+        for (int64_t k = 0; k < n; ++k) sum += x[row * n + k] * qs[j * n + k];
+        const double a = sum * scale;
+        const int64_t from = c.source ? source.of(i)[j] : j;
+        double old_m = 0, old_v = 0;
+        if (from >= 0) {
+          old_m = static_cast<float>(m.of(i)[row * r + from]);
+          old_v = static_cast<float>(v.of(i)[row * r + from]);
+        } else if (c.squares) {
+          old_v = squares.of(i)[c.chosen ? chosen.of(i)[j] : j] / static_cast<double>(longer) *
+                  scale * scale * (1 - std::pow(p.beta2, step));
+        }
+        const double new_m = p.beta1 * old_m + (1 - p.beta1) * a;
+        const double new_v = p.beta2 * old_v + (1 - p.beta2) * a * a;
+        e.a.push_back(a);
+        e.m.push_back(new_m);
+        e.v.push_back(new_v);
+        e.u.push_back(new_m / (1 - std::pow(p.beta1, t)) /
+                      (std::sqrt(new_v / (1 - std::pow(p.beta2, t))) + p.eps));
+      }
+    }
+  }
+  return e;
+}
+
+template <class S, class Out>
+void check_project(const Case& c) {
+  const auto& s = c.shape;
+  const int64_t longer = s.longer(), n = s.n(), r = s.rank;
+  const auto random = [](uint64_t seed, float size) {
+    return [=](int64_t i) { return noise(i, seed) * size; };
+  };
+  Batch<bf16> g(s.count, s.rows * s.columns, random(1, 1));
+  Batch<bf16> q(s.count, r * n, random(2, 1 / std::sqrt(static_cast<float>(n))));
+  Batch<S> m(s.count, longer * r, random(3, 1));
+  Batch<S> v(s.count, longer * r, [](int64_t i) { return std::pow(noise(i, 4), 2) + 0.01f; });
+  Batch<Out> out(s.count, longer * r, [](int64_t) { return NAN; });
+  Batch<bf16> kept(s.count, longer * r, [](int64_t) { return NAN; });
+  // Ascending, some new, the rest moved.
+  Batch<int32_t> source(s.count, r, [&](int64_t i) {
+    const auto j = i % r;
+    return static_cast<float>(i % 3 == 1 ? -1 : (j * 7 + 5) % r);
+  });
+  Batch<int32_t> chosen(s.count, r, [&](int64_t i) { return static_cast<float>(i * 5 % n); });
+  Batch<float> squares(s.count, c.chosen ? n : r,
+                       [&](int64_t i) { return longer * (1 + noise(i, 5) * 0.1f); });
+  const float scale = 0.5f, skip = c.skip ? 1 : 0, step = 6;
+  Batch<float> scalars(1, 3, [&](int64_t) { return 0; });
+  scalars.host[64] = scale;
+  scalars.host[65] = skip;
+  scalars.push();
+  Batch<float> steps(s.count, 1, [&](int64_t) { return step; });
+  std::vector<ProjectMatrix> host(s.count);
+  for (int i = 0; i < s.count; ++i) {
+    CHECK(fill(s, c.how,
+               {g.at(i), q.at(i), out.at(i), kept.at(i), m.at(i), v.at(i), steps.at(i), 7,
+                c.source ? source.at(i) : nullptr, c.squares ? squares.at(i) : nullptr,
+                c.chosen ? chosen.at(i) : nullptr},
+               &host[i]));
+  }
+  auto* matrices = allocate<ProjectMatrix>(s.count);
+  CHECK(cudaMemcpy(matrices, host.data(), sizeof(host[0]) * s.count, cudaMemcpyHostToDevice));
+  Project p{s, c.how, matrices, c.scale ? scalars.at(0) : nullptr, scalars.at(0) + 1};
+  run_captured([&](cudaStream_t stream) { return project(p, stream); });
+  auto e = expect(c, g, q, m, v, source, squares, chosen, c.scale ? scale : 1, step, p);
+  const bool wide = c.how.state == Element::kFp32;
+  const double rounding = 2.5e-3, stochastic = 5e-3;
+  if (!c.how.adam) {
+    if (c.skip) std::fill(e.a.begin(), e.a.end(), 0.0);
+    out.compare("a", e.a, c.how.out == Element::kFp32 ? 1e-5 : rounding);
+  } else if (c.skip) {
+    m.same("m");
+    v.same("v");
+    out.compare("u", std::vector<double>(e.u.size()), 0);
+  } else {
+    m.compare("m", e.m, wide ? 1e-5 : stochastic);
+    v.compare("v", e.v, wide ? 1e-5 : stochastic);
+    out.compare("u", e.u, 2 * (wide ? rounding : stochastic));
+    if (c.how.keep_a) kept.compare("a", e.a, rounding);
+  }
+  cudaFree(matrices);
+}
+
+// As in stochastic_rounding.cpp.
+int64_t spread(int64_t x) {
+  constexpr int64_t kMask = 0xFFFFFFFF;
+  x = ((x ^ (x >> 16)) * int64_t{0x21f0aaad}) & kMask;
+  x = ((x ^ (x >> 15)) * int64_t{0x735a2d97}) & kMask;
+  return x ^ (x >> 15);
+}
+float round_stochastically(float x, int64_t position, int64_t step, uint64_t seed) {
+  constexpr int64_t kMask = 0xFFFFFFFF;
+  const auto key = spread(static_cast<int64_t>(seed & kMask)) ^ static_cast<int64_t>(seed >> 32);
+  const auto stream = spread(spread(step & kMask) ^ spread(key & kMask));
+  const auto odds = spread((position & kMask) ^ spread((position >> 32) ^ stream)) & 0xFFFF;
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (std::isfinite(x)) bits += static_cast<uint32_t>(odds);
+  bits &= 0xFFFF0000u;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+template <class P>
+void check_backproject(const LowRankShape& s, Rounding rounding, bool with_lr, bool skip,
+                       bool poisoned) {
+  const int64_t longer = s.longer(), n = s.n(), r = s.rank;
+  constexpr bool wide = std::is_same_v<P, float>;
+  Batch<P> p(s.count, s.rows * s.columns, [](int64_t i) { return noise(i, 1); });
+  Batch<bf16> u(s.count, longer * r, [](int64_t i) { return noise(i, 2); });
+  Batch<bf16> q(s.count, r * n,
+                [&](int64_t i) { return noise(i, 3) / std::sqrt(static_cast<float>(n)); });
+  if (poisoned) {  // infinities and NaN stay what they are
+    p.host[64 + 3] = P(INFINITY);
+    p.host[64 + 4] = P(-INFINITY);
+    p.host[64 + s.columns] = P(NAN);
+    p.push();
+  }
+  Batch<float> scalars(1, 2, [&](int64_t) { return 0; });
+  scalars.host[64] = 0.03f;
+  scalars.host[65] = skip ? 1 : 0;
+  scalars.push();
+  const float step = 41;
+  Batch<float> steps(s.count, 1, [&](int64_t) { return step; });
+  std::vector<BackprojectMatrix> host(s.count);
+  const auto element = wide ? Element::kFp32 : Element::kBf16;
+  for (int i = 0; i < s.count; ++i) {
+    CHECK(fill(s, element, {p.at(i), u.at(i), q.at(i), steps.at(i), (uint64_t{77} << 32) ^ i},
+               &host[i]));
+  }
+  auto* matrices = allocate<BackprojectMatrix>(s.count);
+  CHECK(cudaMemcpy(matrices, host.data(), sizeof(host[0]) * s.count, cudaMemcpyHostToDevice));
+  Backproject call{s, element, rounding, matrices};
+  call.lr = with_lr ? scalars.at(0) : nullptr;
+  call.skip = scalars.at(0) + 1;
+  call.decay = 0.95f;
+  call.weight_decay = 0.1f;
+  call.factor = 0.7f;
+  run_captured([&](cudaStream_t stream) { return backproject(call, stream); });
+  if (skip) {
+    p.same("p");
+    cudaFree(matrices);
+    return;
+  }
+  const double lr = with_lr ? 0.03 : 1, keep = call.decay - lr * call.weight_decay;
+  std::vector<double> expected;
+  int64_t odd = 0, at = 0, lost = 0;
+  const auto got = p.pull();
+  for (int i = 0; i < s.count; ++i) {
+    for (int64_t k = 0; k < s.rows * s.columns; ++k, ++at) {
+      const int64_t row = k / s.columns, column = k % s.columns;
+      const int64_t outer = s.right ? row : column, inner = s.right ? column : row;
+      double sum = 0;
+      for (int64_t j = 0; j < r; ++j) {
+        sum += static_cast<double>(static_cast<float>(u.of(i)[outer * r + j])) *
+               static_cast<float>(q.of(i)[j * n + inner]);
+      }
+      double x = static_cast<float>(p.of(i)[k]) * keep - lr * call.factor * sum;
+      const float found = static_cast<float>(got[64 + i * p.stride + k]);
+      if (!std::isfinite(x)) {
+        lost += std::isnan(x) ? !std::isnan(found) : found != x;
+        x = 0;
+        p.host[64 + i * p.stride + k] = P(0.f);
+      } else if (rounding == Rounding::kStochastic) {
+        x = round_stochastically(static_cast<float>(x), k, static_cast<int64_t>(step) + 1,
+                                 (uint64_t{77} << 32) ^ i);
+        odd += x != found;
+      }
+      expected.push_back(x);
+    }
+  }
+  if (!poisoned) p.compare("p", expected, wide ? 1e-5 : 2.5e-3);
+  if (rounding == Rounding::kStochastic) {
+    std::printf(" rounded otherwise %.1e", static_cast<double>(odd) / at);
+    failed |= !poisoned && odd > at / 500 + 2;
+  }
+  if (poisoned) {
+    std::printf(" not finite: %s", lost > 0 ? "WRONG" : "kept");
+    failed |= lost > 0;
+  }
+  cudaFree(matrices);
+}
+
+void check() {
+  const auto name = [](const LowRankShape& s) {
+    std::printf("%d x %lld x %lld %s r %d:", s.count, static_cast<long long>(s.rows),
+                static_cast<long long>(s.columns), s.right ? "right" : "left", s.rank);
+  };
+  const LowRankShape shapes[] = {
+      {300, 264, true, 256, 3}, {264, 296, false, 256, 1}, {520, 512, true, 256, 1},
+      {130, 136, true, 128, 1}, {136, 200, false, 128, 3}, {77, 72, true, 64, 3},
+      {72, 136, false, 64, 1},  {1000, 64, true, 48, 1},   {104, 328, false, 80, 3},
+      {400, 200, true, 192, 1},
+  };
+  const auto bf = Element::kBf16, fp = Element::kFp32;
+  for (const auto& s : shapes) {
+    for (const auto state : {bf, fp}) {
+      const ProjectHow adam{true, state, bf, false}, with_a{true, state, bf, true};
+      const auto run = state == fp ? check_project<float, bf16> : check_project<bf16, bf16>;
+      const auto say = [&](const char* what) {
+        name(s);
+        std::printf(" state %s, %s:", state == fp ? "fp32" : "bf16", what);
+      };
+      say("same columns");
+      run({s, adam, false, false, false, false, false});
+      std::printf("\n");
+      say("moved, new");
+      run({s, with_a, true, true, false, true, false});
+      std::printf("\n");
+      say("moved, new of all");
+      run({s, adam, true, true, true, true, false});
+      std::printf("\n");
+      say("moved, new from 0");
+      run({s, adam, true, false, false, false, false});
+      std::printf("\n");
+      say("skipped");
+      run({s, with_a, true, true, false, true, true});
+      std::printf("\n");
+    }
+    name(s);
+    std::printf(" plain:");
+    check_project<bf16, bf16>({s, {false, bf, bf}, false, false, false, true, false});
+    check_project<bf16, float>({s, {false, bf, fp}, false, false, false, false, false});
+    std::printf("\n");
+    name(s);
+    std::printf(" back:");
+    check_backproject<bf16>(s, Rounding::kNearest, true, false, false);
+    check_backproject<bf16>(s, Rounding::kStochastic, true, false, false);
+    check_backproject<bf16>(s, Rounding::kStochastic, true, false, true);
+    check_backproject<bf16>(s, Rounding::kStochastic, true, true, false);
+    check_backproject<float>(s, Rounding::kNearest, false, false, false);
+    std::printf("\n");
+  }
+  std::printf(failed ? "FAILED\n" : "all good\n");
+}
+
+// More tiles than blocks, so that each has several.
+void check_many() {
+  const LowRankShape shapes[] = {{520, 264, true, 256, 70}, {264, 520, false, 256, 70},
+                                 {600, 136, true, 128, 90}, {136, 600, false, 128, 90},
+                                 {600, 72, true, 64, 90},   {72, 600, false, 64, 140}};
+  const auto bf = Element::kBf16, fp = Element::kFp32;
+  for (const auto& s : shapes) {
+    std::printf("%d x %lld x %lld:", s.count, static_cast<long long>(s.rows),
+                static_cast<long long>(s.columns));
+    check_project<bf16, bf16>({s, {true, bf, bf, true}, true, true, false, true, false});
+    check_project<float, bf16>({s, {true, fp, bf, false}, true, true, false, true, false});
+    check_project<bf16, float>({s, {false, bf, fp}, false, false, false, false, false});
+    check_backproject<bf16>(s, Rounding::kStochastic, true, false, false);
+    check_backproject<float>(s, Rounding::kNearest, false, false, false);
+    std::printf("\n");
+  }
+  std::printf(failed ? "FAILED\n" : "all good\n");
+}
+
+// ---- time
+
+template <class T>
+__global__ void fill_noise(T* out, int64_t count, float size, uint64_t seed, bool squared) {
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const float x = noise(i, seed) * size;
+    out[i] = T(squared ? x * x : x);
+  }
+}
+template <class T>
+T* random(int64_t count, float size, bool squared = false) {
+  static uint64_t seed = 0;
+  T* out = allocate<T>(count);
+  fill_noise<<<2048, 256>>>(out, count, size, ++seed, squared);
+  CHECK(cudaGetLastError());
+  return out;
+}
+
+double median_ms(int rounds, const std::function<void()>& f) {
+  std::vector<float> times;
+  cudaEvent_t begin, end;
+  CHECK(cudaEventCreate(&begin));
+  CHECK(cudaEventCreate(&end));
+  for (int i = 0; i < rounds + 3; ++i) {
+    CHECK(cudaEventRecord(begin));
+    f();
+    CHECK(cudaEventRecord(end));
+    CHECK(cudaEventSynchronize(end));
+    float ms;
+    CHECK(cudaEventElapsedTime(&ms, begin, end));
+    if (i >= 3) times.push_back(ms);
+  }
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+struct Layer {
+  LowRankShape shape;
+  std::vector<ProjectMatrix> project[3];  // plain, 16-bit state, fp32 state
+  std::vector<BackprojectMatrix> back;
+  ProjectMatrix* device[3];
+  BackprojectMatrix* back_device;
+};
+const ProjectHow kHows[] = {{false, Element::kBf16, Element::kBf16, false},
+                            {true, Element::kBf16, Element::kBf16, false},
+                            {true, Element::kFp32, Element::kBf16, false}};
+
+Layer make_layer(const LowRankShape& s) {
+  Layer layer{s, {}, {}, {}, nullptr};
+  const int64_t longer = s.longer(), n = s.n(), r = s.rank, size = s.rows * s.columns;
+  auto* g = random<bf16>(size * s.count, 1);
+  auto* p = random<bf16>(size * s.count, 1);
+  auto* q = random<bf16>(r * n * s.count, 1 / std::sqrt(static_cast<float>(n)));
+  auto* u = random<bf16>(longer * r * s.count, 1);
+  auto* out = random<bf16>(longer * r * s.count, 1);
+  void* m[] = {nullptr, random<bf16>(longer * r * s.count, 1),
+               random<float>(longer * r * s.count, 1)};
+  void* v[] = {nullptr, random<bf16>(longer * r * s.count, 1, true),
+               random<float>(longer * r * s.count, 1, true)};
+  std::vector<int32_t> sources(r * s.count);
+  for (size_t j = 0; j < sources.size(); ++j) {
+    sources[j] = j % 3 == 0 ? -1 : static_cast<int32_t>(std::min<int64_t>(j % r + j % 2, r - 1));
+  }
+  auto* source = allocate<int32_t>(r * s.count);
+  CHECK(cudaMemcpy(source, sources.data(), sources.size() * 4, cudaMemcpyHostToDevice));
+  auto* squares = random<float>(r * s.count, 1, true);
+  auto* step = allocate<float>(s.count);
+  CHECK(cudaMemset(step, 0, s.count * 4));
+  for (int i = 0; i < s.count; ++i) {
+    for (int k = 0; k < 3; ++k) {
+      const auto state = [&](void* all) -> void* {
+        return all ? static_cast<char*>(all) + i * longer * r * (k == 2 ? 4 : 2) : nullptr;
+      };
+      layer.project[k].emplace_back();
+      CHECK(fill(s, kHows[k],
+                 {g + i * size, q + i * r * n, out + i * longer * r, nullptr, state(m[k]),
+                  state(v[k]), step + i, uint64_t(i), source + i * r, squares + i * r, nullptr},
+                 &layer.project[k].back()));
+    }
+    layer.back.emplace_back();
+    CHECK(fill(s, Element::kBf16,
+               {p + i * size, u + i * longer * r, q + i * r * n, step + i, uint64_t(i)},
+               &layer.back.back()));
+  }
+  for (int k = 0; k < 3; ++k) {
+    layer.device[k] = allocate<ProjectMatrix>(s.count);
+    CHECK(cudaMemcpy(layer.device[k], layer.project[k].data(), sizeof(ProjectMatrix) * s.count,
+                     cudaMemcpyHostToDevice));
+  }
+  layer.back_device = allocate<BackprojectMatrix>(s.count);
+  CHECK(cudaMemcpy(layer.back_device, layer.back.data(), sizeof(BackprojectMatrix) * s.count,
+                   cudaMemcpyHostToDevice));
+  return layer;
+}
+
+void time(int rounds, int rank) {
+  const LowRankShape shapes[] = {
+      {2048, 2048, true, rank, 96}, {5632, 2048, true, rank, 48}, {2048, 5632, false, rank, 24}};
+  std::vector<Layer> layers;
+  for (const auto& s : shapes) layers.push_back(make_layer(s));
+  const int64_t bytes = int64_t{1} << 31;
+  auto *from = random<bf16>(bytes / 2, 1), *to = allocate<bf16>(bytes / 2);
+  const double copy =
+      median_ms(rounds, [&] { CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice)); });
+  std::printf("copy: %.2f TB/s read and written\n", 2 * bytes / copy / 1e9);
+  const auto line = [&](const char* what, const std::function<void(Layer&)>& f,
+                        const std::function<double(const LowRankShape&)>& bytes_of) {
+    std::printf("rank %d %-22s", rank, what);
+    double total = 0;
+    for (auto& layer : layers) {
+      total += bytes_of(layer.shape) * layer.shape.count;
+      std::printf(" %.3f", median_ms(rounds, [&] { f(layer); }));
+    }
+    const double all = median_ms(rounds, [&] {
+      for (auto& layer : layers) f(layer);
+    });
+    std::printf(" all %.3f ms, %.2f TB/s\n", all, total / all / 1e9);
+  };
+  const char* names[] = {"project plain", "project adam bf16", "project adam fp32"};
+  for (int k = 0; k < 3; ++k) {
+    line(
+        names[k],
+        [&](Layer& l) {
+          CHECK(project({.shape = l.shape, .how = kHows[k], .matrices = l.device[k]}, nullptr));
+        },
+        [&](const LowRankShape& s) {
+          const double a = static_cast<double>(s.longer()) * s.rank;
+          return 2.0 * s.rows * s.columns + 2.0 * s.rank * s.n() +
+                 a * (k == 0   ? 2
+                      : k == 1 ? 10
+                               : 18);
+        });
+  }
+  for (const auto rounding : {Rounding::kNearest, Rounding::kStochastic}) {
+    line(
+        rounding == Rounding::kNearest ? "back nearest" : "back stochastic",
+        [&](Layer& l) {
+          CHECK(backproject({.shape = l.shape,
+                             .rounding = rounding,
+                             .matrices = l.back_device,
+                             .decay = 1,
+                             .factor = 1e-3f},
+                            nullptr));
+        },
+        [&](const LowRankShape& s) {
+          return 4.0 * s.rows * s.columns + 2.0 * s.rank * (s.n() + s.longer());
+        });
+  }
+  CHECK(cudaDeviceSynchronize());
+}
+
+// A launch or two of each kind, for a profiler.
+void once(int rank) {
+  auto layer = make_layer({2048, 2048, true, rank, 96});
+  for (int i = 0; i < 2; ++i) {
+    for (int k = 0; k < 2; ++k) {
+      CHECK(project({.shape = layer.shape, .how = kHows[k], .matrices = layer.device[k]}, nullptr));
+    }
+    CHECK(backproject({.shape = layer.shape,
+                       .rounding = Rounding::kStochastic,
+                       .matrices = layer.back_device,
+                       .factor = 1e-3f},
+                      nullptr));
+  }
+  CHECK(cudaDeviceSynchronize());
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  setvbuf(stdout, nullptr, _IOLBF, 0);
+  const std::string what = count > 1 ? arguments[1] : "check";
+  if (what == "check") check();
+  if (what == "many") check_many();
+  if (what == "time") {
+    time(count > 2 ? std::atoi(arguments[2]) : 10, count > 3 ? std::atoi(arguments[3]) : 256);
+  }
+  if (what == "once") once(count > 2 ? std::atoi(arguments[2]) : 256);
+  return failed ? 1 : 0;
+}

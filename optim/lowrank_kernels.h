@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: MIT
+// The matrix products of low-rank optimizers on Hopper: a gradient into the subspace of r chosen
+// vectors, with Adam there, and the update back out of it, with the step of the parameters.
+//
+// A batch is `count` matrices [rows, columns] of one shape, each anywhere in memory, bf16,
+// row-major and contiguous; data at multiples of 16 bytes, columns and n multiples of 8, fewer than
+// 2^32 elements, the rank a multiple of 16 up to 256. With `right` the columns are projected: n =
+// columns, longer = rows; otherwise n = rows, longer = columns, and a matrix is used transposed.
+//
+// What a kernel needs of each matrix, pointers and tensor maps, is an array in device memory, as
+// cudaMalloc aligns it. The caller fills it on the host and copies it:
+//   std::vector<ProjectMatrix> host(count);  // in pinned memory where the copy shall be async
+//   for (i) fill(shape, how, tensors[i], &host[i]);
+//   cudaMemcpyAsync(device, host.data(), ...);
+//   project({.shape = shape, .how = how, .matrices = device, ...}, stream);
+//   backproject({...}, stream);
+//
+// Every launch takes its stream, allocates nothing, waits for nothing and can be captured in a
+// graph. The tensor maps hold addresses: fill and copy again when a tensor moves.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace ounce::optim {
+
+struct LowRankShape {
+  int64_t rows, columns;
+  bool right;
+  int rank;
+  int count;
+
+  int64_t n() const { return right ? columns : rows; }
+  int64_t longer() const { return right ? rows : columns; }
+};
+
+enum class Element { kBf16, kFp32 };
+
+// ---- a = scale x q^T, [longer, rank]; x a gradient or its transpose
+
+struct ProjectHow {
+  bool adam = true;                // otherwise `out` is a
+  Element state = Element::kBf16;  // of m and v
+  Element out = Element::kBf16;    // of a without adam; with it `out` is bf16
+  bool keep_a = false;             // with adam: write a as well
+};
+
+// The pointers of one matrix, all to device memory.
+struct ProjectTensors {
+  const void* gradient = nullptr;  // [rows, columns] bf16
+  const void* q = nullptr;         // [rank, n] bf16: the chosen vectors, one a row
+  void* out = nullptr;             // [longer, rank]: a, or with adam the direction u
+  void* a = nullptr;               // [longer, rank] bf16, with keep_a
+  // With adam:
+  void* m = nullptr;  // [longer, rank], in place
+  void* v = nullptr;
+  const float* step = nullptr;  // a scalar: steps before this one
+  uint64_t seed = 0;            // of what rounds m and v, as in rounding_streams.h
+  // [rank]: where column j was in the previous choice, -1 = it was not. Null: where it is now.
+  const int32_t* source = nullptr;
+  // The sums of squares of the columns of x along its longer side, without `scale`: of the chosen
+  // ones, [rank], or with `chosen` of all, [n], and the numbers of the chosen ones. A new column's
+  // second moment begins with their mean, weighed as if it had been there with that from the first
+  // step on. Null: with 0.
+  const float* squares = nullptr;
+  const int32_t* chosen = nullptr;
+};
+
+struct ProjectMatrix {
+  CUtensorMap gradient, q, out, a, m, v;
+  const float* step;
+  uint64_t seed;
+  const int32_t* source;
+  const float* squares;
+  const int32_t* chosen;
+  void *out_data, *a_data;
+};
+
+// On the host. cudaErrorInvalidValue where the tensors or the shape are none of the above.
+cudaError_t fill(const LowRankShape& shape, const ProjectHow& how, const ProjectTensors& tensors,
+                 ProjectMatrix* matrix);
+
+// With adam, t = step + 1, and m, v first moved with their columns:
+//   m = beta1 m + (1 - beta1) a;  v = beta2 v + (1 - beta2) a^2
+//   out = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+// with m and v as they are kept; of 16 bits these round stochastically.
+struct Project {
+  LowRankShape shape;
+  ProjectHow how;
+  const ProjectMatrix* matrices = nullptr;  // device, [count]
+  const float* scale = nullptr;             // device, a scalar; null = 1
+  const float* skip = nullptr;  // device, a scalar: nonzero leaves m and v and makes out, a zero
+  double beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
+};
+cudaError_t project(const Project& project, cudaStream_t stream);
+
+// ---- p = keep p - lr factor (u q), with keep = decay - lr weight_decay; p [rows, columns]
+
+struct BackprojectTensors {
+  void* p = nullptr;            // [rows, columns], in place
+  const void* u = nullptr;      // [longer, rank] bf16
+  const void* q = nullptr;      // [rank, n] bf16
+  const float* step = nullptr;  // with stochastic rounding: steps before this one
+  uint64_t seed = 0;            // of that, as in stochastic_rounding.h
+};
+
+struct BackprojectMatrix {
+  CUtensorMap p, u, q;
+  const float* step;
+  uint64_t seed;
+};
+
+// `p`: its elements.
+cudaError_t fill(const LowRankShape& shape, Element p, const BackprojectTensors& tensors,
+                 BackprojectMatrix* matrix);
+
+enum class Rounding {
+  kNearest,
+  kStochastic,  // of bf16: the bits of round_stochastically() at step + 1
+};
+
+struct Backproject {
+  LowRankShape shape;
+  Element p = Element::kBf16;
+  Rounding rounding = Rounding::kNearest;
+  const BackprojectMatrix* matrices = nullptr;  // device, [count]
+  const float* lr = nullptr;                    // device, a scalar; null = 1
+  const float* skip = nullptr;                  // device, a scalar: nonzero leaves p
+  float decay = 1, weight_decay = 0, factor = 1;
+};
+cudaError_t backproject(const Backproject& backproject, cudaStream_t stream);
+
+}  // namespace ounce::optim

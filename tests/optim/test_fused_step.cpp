@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: MIT
+// The fused steps against the composed ones, which define them.
+#include <gtest/gtest.h>
+#include <ounce/optim/dct_adamw.h>
+#include <ounce/optim/fused_adamw.h>
+#include <ounce/optim/trion.h>
+#include <torch/torch.h>
+
+#include <memory>
+
+#include "support/devices.h"
+#include "support/expect_error.h"
+#include "support/rms_error.h"
+
+namespace ounce::optim {
+
+namespace {
+
+using at::Tensor;
+using ounce::test::rms_error;
+using Shapes = std::vector<std::vector<int64_t>>;
+
+class FusedStep : public ounce::test::OnDevice {
+ protected:
+  Tensor scalar(double x) const { return torch::full({}, x, torch::device(device())); }
+};
+INSTANTIATE_TEST_SUITE_P(, FusedStep, testing::Values(at::kCUDA),
+                         [](const auto&) { return "cuda"; });
+
+// Gradients whose columns, in the basis, differ by much and drift: no choice of them is close.
+Tensor gradient_of(const Tensor& p, int64_t step) {
+  torch::manual_seed(static_cast<uint64_t>(100 + step));
+  auto g = torch::randn(p.sizes(), torch::device(p.device()));
+  if (p.dim() == 2) {
+    const auto n = std::min(p.size(0), p.size(1));
+    const auto scale =
+        (3 * torch::sin(torch::arange(n, g.options()) * 1.3 + 0.2 * static_cast<double>(step)))
+            .exp();
+    const auto basis = dct_basis(n, Basis::kDct2, g.options());
+    g = p.size(0) >= p.size(1) ? torch::mm(g * scale, basis)
+                               : torch::mm(basis.t(), scale.unsqueeze(1) * g);
+  }
+  return g.to(p.scalar_type());
+}
+
+// The same parameters under a fused and a composed optimizer.
+template <class O, class Options>
+struct Pair {
+  std::vector<Tensor> fused, composed;
+  std::unique_ptr<O> ours, reference;
+
+  Pair(const Shapes& shapes, at::ScalarType type, at::Device device, Options options) {
+    torch::manual_seed(1);
+    for (const auto& shape : shapes) {
+      const auto p = torch::randn(shape, torch::device(device)).to(type);
+      fused.push_back(p.clone().requires_grad_());
+      composed.push_back(p.clone().requires_grad_());
+    }
+    options.implementation = "fused";
+    ours = std::make_unique<O>(fused, options);
+    options.implementation = "reference";
+    reference = std::make_unique<O>(composed, options);
+  }
+  void step(int64_t at, const StepControl& control) {
+    for (size_t i = 0; i < fused.size(); ++i) {
+      fused[i].mutable_grad() = gradient_of(fused[i], at);
+      composed[i].mutable_grad() = fused[i].grad().clone();
+    }
+    ours->step(control);
+    reference->step(control);
+  }
+  // Of what both have changed, the part that differs.
+  double difference(const std::vector<Tensor>& before) const {
+    double worst = 0;
+    for (size_t i = 0; i < fused.size(); ++i) {
+      const auto change = composed[i].detach().to(at::kDouble) - before[i].to(at::kDouble);
+      worst = std::max(worst, rms_error(fused[i].detach().to(at::kDouble) - before[i], change));
+    }
+    return worst;
+  }
+  std::vector<Tensor> copies() const {
+    std::vector<Tensor> all;
+    for (const auto& p : composed) all.push_back(p.detach().clone());
+    return all;
+  }
+};
+
+std::vector<Tensor> state_of(NamedOptimizer& optimizer) {
+  struct Visitor : StateVisitor {
+    std::vector<Tensor> all;
+    void tensor(std::string_view, Tensor& value, StateClass) override { all.push_back(value); }
+    void integer(std::string_view, int64_t&) override {}
+    void number(std::string_view, double&) override {}
+    void text(std::string_view, std::string&) override {}
+    bool loading() const override { return false; }
+  } visitor;
+  optimizer.visit_state(visitor);
+  return visitor.all;
+}
+
+constexpr at::ScalarType kTypes[] = {at::kFloat, at::kBFloat16};
+
+TEST_P(FusedStep, AdamWOfAnyShapeAndType) {
+  for (const auto type : kTypes) {
+    for (const auto state : kTypes) {
+      SCOPED_TRACE(c10::str(type, " ", state));
+      DctAdamWOptions o;
+      o.project = false;
+      o.lr = 1e-2;
+      o.state_dtype = state;
+      Pair<DctAdamW, DctAdamWOptions> pair({{3}, {8192 * 2 + 5}, {70, 33}, {1, 1}}, type, device(),
+                                           o);
+      const auto before = pair.copies();
+      for (int64_t i = 0; i < 6; ++i) pair.step(i, {scalar(1e-2), scalar(0.5), scalar(i == 3)});
+      // The same bits round, so bf16 parts only where fp32 was on the edge.
+      EXPECT_LE(pair.difference(before), type == at::kFloat && state == at::kFloat ? 1e-5 : 2e-2);
+      const auto ours = state_of(*pair.ours), theirs = state_of(*pair.reference);
+      ASSERT_EQ(ours.size(), theirs.size());
+      for (size_t i = 0; i < ours.size(); ++i) {
+        EXPECT_LE(rms_error(ours[i], theirs[i]), state == at::kFloat ? 1e-6 : 1e-3);
+      }
+    }
+  }
+}
+
+TEST_P(FusedStep, AdamWOf16BitsIsTheOneOfFusedAdamW) {
+  AdamWOptions o;
+  o.state_dtype = at::kBFloat16;
+  Pair<FusedAdamW, AdamWOptions> pair({{300, 70}, {33}}, at::kBFloat16, device(), o);
+  const auto before = pair.copies();
+  for (int64_t i = 0; i < 4; ++i) pair.step(i, {});
+  EXPECT_LE(pair.difference(before), 2e-2);
+}
+
+TEST_P(FusedStep, LowRankAdamWOfEveryOption) {
+  const Shapes shapes = {{256, 128}, {256, 128}, {128, 256}, {320, 192}, {1000, 96}, {40}};
+  const auto base = [] {
+    DctAdamWOptions o;
+    o.rank = 32;
+    o.weight_decay = 0.1;
+    o.groups = {{"*", Options::parse("weight_decay = 0.1", "test")}};
+    return o;
+  };
+  std::vector<DctAdamWOptions> all(7, base());
+  all[1].update_interval = 3;
+  all[2].rotate = false;
+  all[3].estimate_fresh_columns = false;
+  all[4].norm = 1;
+  all[5].rank = 48;
+  all[5].state_dtype = at::kBFloat16;
+  all[6].basis = Basis::kIdentity;
+  all[6].side = Side::kRight;
+  for (size_t i = 0; i < all.size(); ++i) {
+    for (const auto type : kTypes) {
+      SCOPED_TRACE(c10::str("case ", i, " ", type));
+      Pair<DctAdamW, DctAdamWOptions> pair(shapes, type, device(), all[i]);
+      const auto before = pair.copies();
+      for (int64_t at = 0; at < 8; ++at) {
+        pair.step(at, {scalar(1e-2), scalar(0.25), scalar(at == 5)});
+      }
+      // Products of 16-bit operands; of bf16 parameters, a rounding where they differ.
+      EXPECT_LE(pair.difference(before), type == at::kFloat ? 3e-2 : 8e-2);
+      for (size_t p = 0; p < pair.fused.size(); ++p) {
+        const auto ours = pair.ours->indices_of(pair.fused[p]);
+        if (!ours.defined()) continue;
+        EXPECT_TRUE(at::equal(ours, pair.reference->indices_of(pair.composed[p])));
+      }
+    }
+  }
+}
+
+TEST_P(FusedStep, SkippedStepsChangeNothing) {
+  DctAdamWOptions o;
+  o.rank = 32;
+  Pair<DctAdamW, DctAdamWOptions> pair({{256, 128}, {128, 384}, {77}}, at::kBFloat16, device(), o);
+  for (int64_t at = 0; at < 3; ++at) pair.step(at, {});
+  std::vector<Tensor> before;
+  for (const auto& t : state_of(*pair.ours)) before.push_back(t.clone());
+  for (const auto& t : pair.fused) before.push_back(t.detach().clone());
+  for (const auto& p : pair.fused) p.mutable_grad() = torch::full_like(p, NAN);
+  pair.ours->step({scalar(1e-2), {}, scalar(1)});
+  auto after = state_of(*pair.ours);
+  for (const auto& t : pair.fused) after.push_back(t.detach());
+  for (size_t i = 0; i < before.size(); ++i) EXPECT_TRUE(at::equal(before[i], after[i]));
+}
+
+TEST_P(FusedStep, RepeatsBitForBit) {
+  std::vector<std::vector<Tensor>> results;
+  for (int run = 0; run < 3; ++run) {
+    DctAdamWOptions o;
+    o.rank = 64;
+    o.state_dtype = at::kBFloat16;
+    Pair<DctAdamW, DctAdamWOptions> pair({{512, 256}, {256, 704}}, at::kBFloat16, device(), o);
+    for (int64_t at = 0; at < 4; ++at) pair.step(at, {});
+    auto all = state_of(*pair.ours);
+    for (const auto& p : pair.fused) all.push_back(p.detach());
+    results.push_back(all);
+  }
+  for (size_t i = 0; i < results[0].size(); ++i) {
+    EXPECT_TRUE(at::equal(results[0][i], results[1][i]));
+    EXPECT_TRUE(at::equal(results[0][i], results[2][i]));
+  }
+}
+
+TEST_P(FusedStep, TrionAndMuon) {
+  const Shapes shapes = {{256, 128}, {256, 128}, {128, 256}, {1000, 96}, {40}};
+  TrionOptions o;
+  o.rank = 32;
+  o.seed = 3;
+  for (const auto type : kTypes) {
+    for (const auto state : kTypes) {
+      for (const bool full : {false, true}) {
+        SCOPED_TRACE(c10::str(type, " ", state, full ? " full" : " low"));
+        o.rank = full ? 0 : 32;
+        o.nesterov = full;
+        o.state_dtype = state;
+        o.iteration = Iteration::kPolarExpress;
+        Pair<Trion, TrionOptions> pair(shapes, type, device(), o);
+        const auto before = pair.copies();
+        for (int64_t at = 0; at < 6; ++at) {
+          pair.step(at, {scalar(0.3), scalar(0.25), scalar(at == 4)});
+        }
+        // What is orthonormalised in bf16, of matrices that are far from it.
+        EXPECT_LE(pair.difference(before), type == at::kFloat ? 8e-2 : 0.15);
+      }
+    }
+  }
+}
+
+// Each head on its own; the first has no gradient of its own size, and all one count.
+TEST_P(FusedStep, TrionOfAFusedProjection) {
+  TrionOptions o;
+  o.rank = 16;
+  o.split = {64, 32, 32};
+  Pair<Trion, TrionOptions> pair({{128, 64}}, at::kFloat, device(), o);
+  const auto before = pair.copies();
+  for (int64_t at = 0; at < 4; ++at) pair.step(at, {});
+  EXPECT_LE(pair.difference(before), 8e-2);
+}
+
+TEST_P(FusedStep, RefusesByNameWhatItDoesNotTake) {
+  const auto refuses = [&](DctAdamWOptions o, const Tensor& p) {
+    o.implementation = "fused";
+    DctAdamW optimizer(std::vector<Tensor>{p}, o);
+    p.mutable_grad() = torch::ones_like(p);
+    EXPECT_OUNCE_ERROR(optimizer.step(), kUsage, "expected what the fused step takes");
+  };
+  const auto matrix = [&](int64_t rows, int64_t columns) {
+    return torch::randn({rows, columns}, torch::device(device())).requires_grad_();
+  };
+  DctAdamWOptions o;
+  o.rank = 16;
+  refuses(o, matrix(100, 52));           // rows of 8 n
+  refuses(o, matrix(13 * 64, 13 * 16));  // a transform of 2, 3, 5, 7 and 11
+  refuses(o, torch::randn({64, 64}).requires_grad_());
+  o.rank = 20;
+  refuses(o, matrix(64, 64));
+  o.rank = 16;
+  o.residual = Residual::kErrorFeedback;
+  refuses(o, matrix(64, 64));
+}
+
+}  // namespace
+
+}  // namespace ounce::optim
