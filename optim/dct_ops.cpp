@@ -165,17 +165,22 @@ Quintic step_of(Iteration kind, int64_t step) {
   return kPolarExpress[std::min<size_t>(static_cast<size_t>(step), kPolarExpress.size() - 1)];
 }
 
-// b m + c m^2
-Tensor polynomial(const Quintic& q, const Tensor& m) { return at::baddbmm(m, m, m, q.b, q.c); }
+// a I + b m + c m^2. The addition of at::baddbmm would cost a copy of m.
+Tensor polynomial(const Quintic& q, const Tensor& m) {
+  auto factor = m * q.c;
+  factor.diagonal(0, -2, -1).add_(q.b);
+  auto out = at::bmm(m, factor);
+  out.diagonal(0, -2, -1).add_(q.a);
+  return out;
+}
 
 // The Gram matrices [batch, n, n] of the smaller side of y, and y multiplied by others there.
 struct SmallerSide {
   bool tall;
 
   Tensor gram(const Tensor& y) const { return tall ? at::bmm(y.mT(), y) : at::bmm(y, y.mT()); }
-  // a y + p y
-  Tensor apply(const Tensor& p, const Tensor& y, double a) const {
-    return tall ? at::baddbmm(y, y, p, a) : at::baddbmm(y, p, y, a);
+  Tensor apply(const Tensor& p, const Tensor& y) const {
+    return tall ? at::bmm(y, p) : at::bmm(p, y);
   }
 };
 
@@ -249,16 +254,14 @@ Tensor newton_schulz(const Tensor& x, int64_t steps, Iteration kind) {
     auto gram = side.gram(y);
     Tensor factor;
     for (int64_t step = 0; step < steps; ++step) {
-      auto p = polynomial(kMuon, gram);
-      p.diagonal(0, -2, -1).add_(kMuon.a);
+      const auto p = polynomial(kMuon, gram);
       factor = factor.defined() ? at::bmm(p, factor) : p;
       if (step + 1 < steps) gram = at::bmm(at::bmm(p, gram), p);
     }
-    if (factor.defined()) y = side.apply(factor, y, 0);
+    if (factor.defined()) y = side.apply(factor, y);
   } else {
     for (int64_t step = 0; step < steps; ++step) {
-      const auto q = step_of(kind, step);
-      y = side.apply(polynomial(q, side.gram(y)), y, q.a);
+      y = side.apply(polynomial(step_of(kind, step), side.gram(y)), y);
     }
   }
   return y.to(x.scalar_type()).view(x.sizes());

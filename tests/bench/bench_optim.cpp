@@ -96,6 +96,8 @@ std::vector<Timed> optimizers(const NamedParameters& parameters, bool cuda) {
   trion.rank = rank;
   trion.state_dtype = at::kBFloat16;
   all.push_back(ours<optim::Trion>("trion", parameters, trion));
+  trion.iteration = optim::Iteration::kGram;
+  all.push_back(ours<optim::Trion>("trion, gram", parameters, trion));
   optim::MuonOptions muon;
   muon.state_dtype = at::kBFloat16;
   all.push_back(ours<optim::Muon>("muon", parameters, muon));
