@@ -145,7 +145,8 @@ struct ComposedStep {
   // A moment of step `step`, rounded stochastically where it is kept in bf16.
   void keep(const at::Tensor& to, const at::Tensor& value, const at::Tensor& step,
             uint64_t seed) const {
-    assign(to, to.scalar_type() == at::kBFloat16 ? round_stochastically(value, step, seed) : value);
+    const bool rounds = to.scalar_type() == at::kBFloat16;
+    assign(to, rounds ? round_stochastically(value.to(at::kFloat), step, seed) : value);
   }
 
   // Times grad_scale, in the step's dtype.

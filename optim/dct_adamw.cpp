@@ -2,10 +2,12 @@
 #include <ounce/optim/adam_options.h>
 #include <ounce/optim/composed_step.h>
 #include <ounce/optim/dct_adamw.h>
+#include <ounce/optim/int8_blocks.h>
 
 #include <algorithm>
 #include <map>
 #include <tuple>
+#include <utility>
 
 namespace ounce::optim {
 
@@ -28,6 +30,8 @@ side = "auto"           # auto | left | right: which side is projected
 rotate = true           # moments follow their basis vectors
 residual = "none"       # none | ef | sign | fira: what becomes of what the projection leaves out
 residual_scale = 1.0    # of the signs' step
+residual_type = "fp32"  # fp32 | bf16 | int8: in which ef is kept
+statistics = false      # log captured_energy, index_churn and residual_norm
 estimate_fresh_columns = true  # a new column's second moment begins with its mean square, not with 0
 project = true          # false: AdamW
 min_dim = 0             # matrices with a smaller side take AdamW; 0 = twice the rank
@@ -40,6 +44,7 @@ group = []              # tables: match = "*norm*", and what differs: lr_scale o
 )";
 
 const std::vector<std::string> kResiduals = {"none", "ef", "sign", "fira"};
+const std::vector<std::string> kResidualTypes = {"fp32", "bf16", "int8"};
 constexpr double kNormGrowth = 1.01;  // of a Fira step
 
 Options to_options(const DctAdamWOptions& from) {
@@ -49,7 +54,9 @@ Options to_options(const DctAdamWOptions& from) {
   options.set("rotate", from.rotate);
   options.set("residual", kResiduals[static_cast<size_t>(from.residual)]);
   options.set("residual_scale", from.residual_scale);
+  options.set("residual_type", kResidualTypes[static_cast<size_t>(from.residual_type)]);
   options.set("estimate_fresh_columns", from.estimate_fresh_columns);
+  options.set("statistics", from.statistics);
   write_projection_options(from, options);
   return options;
 }
@@ -63,7 +70,9 @@ DctAdamWOptions from_options(const Options& options) {
   to.rotate = options.flag("rotate");
   to.residual = choice_of<Residual>(options, "residual", kResiduals);
   to.residual_scale = options.number_in("residual_scale", 0, 1e6);
+  to.residual_type = choice_of<ResidualType>(options, "residual_type", kResidualTypes);
   to.estimate_fresh_columns = options.flag("estimate_fresh_columns");
+  to.statistics = options.flag("statistics");
   read_projection_options(options, to);
   OUNCE_CHECK(to.norm <= 2, "[dct_adamw] expected norm = 1 or 2, got ", to.norm);
   return to;
@@ -73,6 +82,7 @@ DctAdamWOptions from_options(const Options& options) {
 
 struct DctAdamW::Step : ComposedStep {
   const DctAdamWOptions& o;
+  Tensor& measured;  // where o.statistics asks for it and columns are chosen
 
   // a: of the new columns. m, v of the old ones -> of the new.
   void follow(const Slot& slot, const Tensor& indices, const Tensor& a, Tensor& m,
@@ -87,18 +97,42 @@ struct DctAdamW::Step : ComposedStep {
     v = at::where(kept, v.index_select(1, source), fresh);
   }
 
+  static Tensor kept_residual(const Slot& slot, at::ScalarType type) {
+    const auto kept = as_matrix(slot.residual);
+    return slot.residual_scales.defined() ? from_int8_blocks(kept, slot.residual_scales, type)
+                                          : kept.to(type);
+  }
+  void keep_residual(const Slot& slot, const Tensor& rest, size_t index) const {
+    const auto kept = as_matrix(slot.residual);
+    if (!slot.residual_scales.defined()) {
+      return keep(kept, rest, slot.step, seed_of(o.seed, index) + kResidualSeed);
+    }
+    const auto [bytes, scales] = to_int8_blocks(rest);
+    assign(kept, bytes);
+    assign(slot.residual_scales, scales);
+  }
+
   Tensor projected(Slot& slot, const Tensor& gradient, size_t index) const {
     auto g = slot.transposed ? gradient.t() : gradient;
     const auto n = g.size(1);
     if (slot.residual.defined()) {
-      g = g + (slot.transposed ? as_matrix(slot.residual).t() : as_matrix(slot.residual));
+      const auto residual = kept_residual(slot, g.scalar_type());
+      g = g + (slot.transposed ? residual.t() : residual);
     }
-    auto indices = slot.indices;
-    const bool chooses = slot.gradients++ % o.update_interval == 0;
-    if (chooses) {
+    const bool adds = slot.pending.defined();
+    auto indices = adds ? slot.pending_indices : slot.indices;
+    const bool chooses = adds ? slot.pending_choice : slot.gradients++ % o.update_interval == 0;
+    if (chooses && !adds) {
       indices = std::get<0>(dct_select(g, indices.size(0), Side::kRight, o.norm, o.basis));
     }
-    const auto a = dct_project(g, indices, Side::kRight, o.basis);
+    auto a = dct_project(g, indices, Side::kRight, o.basis);
+    if (adds) a = a + scaled(std::exchange(slot.pending, Tensor()));
+    if (chooses && !adds && o.statistics) {
+      const auto kept = slot.indices.unsqueeze(1).eq(indices.unsqueeze(0)).any(0);
+      measured = at::stack({a.square().sum(), g.square().sum(),
+                            kept.logical_not().sum().to(a.scalar_type())})
+                     .to(at::kFloat);
+    }
     auto m = slot.exp_avg, v = slot.exp_avg_sq;
     if (chooses && o.rotate) follow(slot, indices, a, m, v);
     const auto back = [&](const Tensor& low) {
@@ -111,7 +145,7 @@ struct DctAdamW::Step : ComposedStep {
     if (o.residual == Residual::kNone) return direction;
     const auto rest = (slot.transposed ? g.t() : g) - back(a);
     if (o.residual == Residual::kErrorFeedback) {
-      assign(as_matrix(slot.residual), rest);
+      keep_residual(slot, rest, index);
     } else if (o.residual == Residual::kSign) {
       direction = direction + rest.sign() * o.residual_scale;
     } else {
@@ -159,7 +193,15 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
       slot.indices = at::arange(projection->rank, fresh.dtype(at::kInt));
       const auto exact = fresh.dtype(step_type("dct_adamw", name_of(parameter), parameter));
       if (o.residual == Residual::kErrorFeedback) {
-        slot.residual = at::zeros(parameter.sizes(), exact);
+        const auto type = o.residual_type == ResidualType::kFp32   ? exact
+                          : o.residual_type == ResidualType::kBf16 ? fresh.dtype(at::kBFloat16)
+                                                                   : fresh.dtype(at::kChar);
+        slot.residual = at::zeros(parameter.sizes(), type);
+        if (o.residual_type == ResidualType::kInt8) {
+          const auto rows = parameter.size(0);
+          slot.residual_scales =
+              at::zeros({rows, int8_blocks(parameter.numel() / rows)}, fresh.dtype(at::kFloat));
+        }
       }
       if (o.residual == Residual::kFira) slot.residual_norm = at::zeros({}, exact);
     }
@@ -178,10 +220,16 @@ struct DctAdamW::Alike {
 
 void DctAdamW::update(const StepControl& control) {
   const at::NoGradGuard no_grad;
+  const auto put_measured = [&](Slot& slot, const Tensor& measured) {
+    const auto old = slot.measured.defined() ? slot.measured : at::zeros_like(measured);
+    slot.measured = control.skip.defined()
+                        ? at::where(control.skip.to(measured.device()).ne(0), old, measured)
+                        : measured;
+  };
   for (size_t g = 0; g < param_groups().size(); ++g) {
     const auto& o = settings_[g];
     const auto& group = static_cast<const GroupOptions&>(param_groups()[g].options());
-    std::map<Alike, std::vector<FusedTensor>> fused;
+    std::map<Alike, std::pair<std::vector<FusedTensor>, std::vector<Slot*>>> fused;
     for (const auto& parameter : param_groups()[g].params()) {
       const auto index = index_of(parameter);
       auto& slot = slots_[index];
@@ -189,7 +237,8 @@ void DctAdamW::update(const StepControl& control) {
       if (!has_gradient("dct_adamw", name, parameter, slot.exp_avg)) continue;
       auto tensor = fused_tensor(parameter, slot, o, index);
       tensor.indices = slot.indices;
-      if (is_fused("dct_adamw", name, parameter, o.implementation, takes(tensor, slot, o))) {
+      if (is_fused("dct_adamw", name, parameter, o.implementation,
+                   !slot.pending.defined() && takes(tensor, slot, o))) {
         Alike alike{.kind = kind_of(tensor)};
         if (slot.indices.defined()) {
           alike = {alike.kind,
@@ -200,28 +249,87 @@ void DctAdamW::update(const StepControl& control) {
                    slot.transposed,
                    slot.gradients++ % o.update_interval == 0};
         }
-        fused[alike].push_back(tensor);
+        fused[alike].first.push_back(tensor);
+        fused[alike].second.push_back(&slot);
         continue;
       }
-      Step{{control, group, parameter, step_type("dct_adamw", name, parameter)}, o}(parameter, slot,
-                                                                                    index);
+      Tensor measured;
+      const Step step{
+          {control, group, parameter, step_type("dct_adamw", name, parameter)}, o, measured};
+      step(parameter, slot, index);
+      if (measured.defined()) put_measured(slot, measured);
     }
-    for (const auto& [alike, tensors] : fused) {
+    for (const auto& [alike, batch] : fused) {
+      const auto& [tensors, slots] = batch;
       const auto settings = fused_settings(control, group, o, tensors[0].parameter.device());
       if (!alike.projected) {
         fused_.adamw(tensors, settings);
         continue;
       }
-      fused_.low_rank(tensors,
-                      {.basis = o.basis,
-                       .norm = o.norm,
-                       .transposed = alike.transposed,
-                       .chooses = alike.chooses,
-                       .rotate = o.rotate,
-                       .estimate_fresh_columns = o.estimate_fresh_columns},
-                      settings);
+      const auto measured = fused_.low_rank(tensors,
+                                            {.basis = o.basis,
+                                             .norm = o.norm,
+                                             .transposed = alike.transposed,
+                                             .chooses = alike.chooses,
+                                             .rotate = o.rotate,
+                                             .estimate_fresh_columns = o.estimate_fresh_columns,
+                                             .measures = o.statistics},
+                                            settings);
+      for (size_t i = 0; measured.defined() && i < tensors.size(); ++i) {
+        put_measured(*slots[i], measured[static_cast<int64_t>(i)]);
+      }
     }
   }
+}
+
+bool DctAdamW::accumulate(const Tensor& parameter) {
+  const at::NoGradGuard no_grad;
+  auto& slot = slots_[index_of(parameter)];
+  const auto& name = name_of(parameter);
+  if (!slot.indices.defined() || !has_gradient("dct_adamw", name, parameter, slot.exp_avg)) {
+    return false;
+  }
+  const auto& o = settings_of(parameter);
+  OUNCE_CHECK(o.residual == Residual::kNone, "[dct_adamw] '", name,
+              "': expected residual = none where projected gradients are accumulated, got ",
+              kResiduals[static_cast<size_t>(o.residual)]);
+  auto g = as_matrix(parameter.grad()).to(step_type("dct_adamw", name, parameter));
+  if (slot.transposed) g = g.t();
+  if (!slot.pending.defined()) {
+    slot.pending_choice = slot.gradients++ % o.update_interval == 0;
+    slot.pending_indices =
+        slot.pending_choice
+            ? std::get<0>(dct_select(g, slot.indices.size(0), Side::kRight, o.norm, o.basis))
+            : slot.indices.clone();
+    slot.pending = dct_project(g, slot.pending_indices, Side::kRight, o.basis);
+  } else {
+    slot.pending += dct_project(g, slot.pending_indices, Side::kRight, o.basis);
+  }
+  return true;
+}
+
+const DctAdamWOptions& DctAdamW::settings_of(const Tensor& parameter) const {
+  for (size_t g = 0; g < param_groups().size(); ++g) {
+    for (const auto& candidate : param_groups()[g].params()) {
+      if (candidate.is_same(parameter)) return settings_[g];
+    }
+  }
+  fail(Fault::kUsage, "[dct_adamw] '", name_of(parameter), "' is in no group");
+}
+
+NamedOptimizer::Statistics DctAdamW::statistics() const {
+  std::vector<Tensor> all;
+  int64_t columns = 0;
+  for (const auto& slot : slots_) {
+    if (!slot.measured.defined()) continue;
+    all.push_back(all.empty() ? slot.measured : slot.measured.to(all[0].device()));
+    columns += slot.indices.size(0);
+  }
+  if (all.empty()) return {};
+  const auto sums = at::stack(all).sum(0), held = sums[0], total = sums[1];
+  return {{"captured_energy", held / total.masked_fill(total == 0, 1)},
+          {"index_churn", sums[2] / static_cast<double>(columns)},
+          {"residual_norm", (total - held).clamp_min(0).sqrt()}};
 }
 
 bool DctAdamW::takes(const FusedTensor& tensor, const Slot& slot, const DctAdamWOptions& o) {
@@ -243,6 +351,9 @@ void DctAdamW::visit_state(StateVisitor& visitor) {
     visitor.tensor("indices", slot.indices, StateClass::kStep);
     visitor.integer("gradients", slot.gradients);
     if (slot.residual.defined()) visitor.tensor("residual", slot.residual, StateClass::kStep);
+    if (slot.residual_scales.defined()) {
+      visitor.tensor("residual_scales", slot.residual_scales, StateClass::kStep);
+    }
     if (slot.residual_norm.defined()) {
       visitor.tensor("residual_norm", slot.residual_norm, StateClass::kStep);
     }

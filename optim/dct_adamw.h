@@ -16,11 +16,18 @@ namespace ounce::optim {
 // What becomes of g - g Q Q^T, which the projection leaves out.
 enum class Residual {
   kNone,           // it is dropped
-  kErrorFeedback,  // added to the next gradient; costs the parameter's size again
+  kErrorFeedback,  // added to the next gradient; costs residual_type for each weight
   kSign,           // a step of residual_scale times its signs (FRUGAL, Zmushko et al. 2024)
   // A step of it, each row of the long side scaled as Adam scaled the row's projection, and its
   // norm at most 1.01 times that of the step before (Fira, Chen et al. 2024).
   kFira,
+};
+
+// In which error feedback is kept.
+enum class ResidualType {
+  kFp32,  // fp64 of fp64 parameters
+  kBf16,  // rounded stochastically
+  kInt8,  // with a scale for every 128 neighbours of a row
 };
 
 struct DctAdamWOptions {
@@ -40,6 +47,7 @@ struct DctAdamWOptions {
   bool rotate = true;
   Residual residual = Residual::kNone;
   double residual_scale = 1;  // >= 0, of Residual::kSign
+  ResidualType residual_type = ResidualType::kFp32;
   // A column that was not there before begins with a second moment of its present mean square, as
   // if it had been there with that; without, with 0, and its first update is several times too
   // large.
@@ -48,6 +56,7 @@ struct DctAdamWOptions {
   int64_t min_dim = 0;      // matrices with a smaller side take AdamW; 0 = twice the rank
   int64_t max_dim = 32000;  // so do those with a larger one: embeddings and heads
   at::ScalarType state_dtype = at::kFloat;  // or kBFloat16, rounded stochastically
+  bool statistics = false;                  // measure what the columns hold, see statistics()
   bool stochastic_rounding = true;          // of bf16 parameters; false: to nearest
   int64_t seed = 0;                         // of that
   // auto | fused | reference. Fused: on a Hopper GPU, a few launches for all parameters of a shape;
@@ -67,7 +76,8 @@ struct DctAdamWOptions {
 // Parameters of more than two dimensions are matrices [d_0, the rest]. What is not projected takes
 // the same without Q: AdamW. State per projected parameter: exp_avg, exp_avg_sq [long side, rank],
 // indices [rank] int32, step, with kErrorFeedback residual, with kFira residual_norm, all
-// from construction on: moments in state_dtype, residuals in fp32 (fp64 of fp64 parameters). No
+// from construction on: moments in state_dtype (fp64 of fp64 parameters), the residual in
+// residual_type, with kInt8 residual_scales [rows, blocks] fp32. No
 // host synchronisation, so a choice of columns that falls on a skipped step waits for the next one.
 class DctAdamW : public NamedOptimizer {
  public:
@@ -79,6 +89,16 @@ class DctAdamW : public NamedOptimizer {
 
   void visit_state(StateVisitor& visitor) override;
 
+  // With the option, over all projected parameters, of the last choice of columns that was no
+  // accumulated one:
+  // captured_energy, the share of the gradients' square sum that the columns hold; index_churn, the
+  // share of columns that are new; residual_norm, of what the columns leave out.
+  Statistics statistics() const override;
+
+  // The first gradient of a step chooses the columns. Fault::kUsage with a residual, which is a
+  // matter of all columns.
+  bool accumulate(const at::Tensor& parameter) override;
+
   // The numbers of the basis vectors that a parameter's moments belong to, [rank] int32 ascending;
   // undefined where it is not projected.
   at::Tensor indices_of(const at::Tensor& parameter) const;
@@ -89,14 +109,18 @@ class DctAdamW : public NamedOptimizer {
  private:
   struct Slot {
     at::Tensor step, exp_avg, exp_avg_sq;
-    at::Tensor indices;                  // undefined where not projected
-    at::Tensor residual, residual_norm;  // undefined without those modes
-    int64_t gradients = 0;               // so many have come
-    bool transposed = false;             // the projected side is the rows
+    at::Tensor indices;                                   // undefined where not projected
+    at::Tensor residual, residual_scales, residual_norm;  // undefined without those modes
+    int64_t gradients = 0;                                // so many have come
+    at::Tensor pending, pending_indices;                  // accumulated projections, or undefined
+    bool pending_choice = false;                          // columns were chosen for them
+    at::Tensor measured;      // fp32 [3]: square sums held and in all, new columns; or undefined
+    bool transposed = false;  // the projected side is the rows
   };
   struct Step;  // what one composed step does to one parameter
   struct Alike;
   static bool takes(const FusedTensor& tensor, const Slot& slot, const DctAdamWOptions& options);
+  const DctAdamWOptions& settings_of(const at::Tensor& parameter) const;
 
   std::vector<Slot> slots_;                // as parameters()
   std::vector<DctAdamWOptions> settings_;  // as param_groups()

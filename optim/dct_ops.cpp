@@ -157,6 +157,8 @@ constexpr std::array<Quintic, 8> kPolarExpress = {
      {1.891301407787398, -1.2679958271945868, 0.37680408948524835},
      {1.8750014808534479, -1.2500016453999487, 0.3750001645474248},
      {1.875, -1.25, 0.375}}};
+// What is smaller stays small: its squares would underflow, and the norm with them.
+constexpr double kSmallestNorm = 1e-15;
 // Keeps rounding from pushing a singular value over 1, where the polynomials grow.
 constexpr double kRoom = 1.01;
 
@@ -249,7 +251,7 @@ Tensor newton_schulz(const Tensor& x, int64_t steps, Iteration kind) {
   auto y = x.reshape({-1, x.size(-2), x.size(-1)}).to(bf16 ? at::kBFloat16 : compute_type(x));
   auto norm = at::linalg_vector_norm(y, 2, {-2, -1}, /*keepdim=*/true, compute_type(x));
   if (kind == Iteration::kPolarExpress) norm *= kRoom;
-  y = y * norm.masked_fill(norm == 0, 1).reciprocal().to(y.scalar_type());
+  y = y * norm.clamp_min(kSmallestNorm).reciprocal().to(y.scalar_type());
   if (kind == Iteration::kGram) {
     auto gram = side.gram(y);
     Tensor factor;

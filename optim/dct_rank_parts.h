@@ -72,7 +72,7 @@ struct SlotSums {
 };
 cudaError_t sum_slots(const SlotSums& sums, cudaStream_t stream);
 
-// Lengths of which dct_rank.cu has no kernel; and the identity.
+// Lengths of which dct_rank_sm90.cu has no kernel; and the identity.
 int64_t any_length_blocks(const RankBatch& batch, bool absolutes, int processors);
 cudaError_t rank_any_length(const RankBatch& batch, const RankOutput& out, int processors,
                             cudaStream_t stream);

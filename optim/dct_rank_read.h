@@ -48,6 +48,7 @@ __device__ void stage_rows(const Places<S>& places, const RankJob& job, int matr
   if (count == 2 * S::P * S::N) return;
 #pragma unroll 1
   for (int i = count / 2 + places.thread; i < S::kStaged; i += S::T) places.staged[i] = 0;
+  places.wait();  // the copy's barrier does not order other threads' zeros
 }
 
 // Of columns: even rows, then odd ones, [2, n / 2, 2 P]. In kParts parts, since so many narrow

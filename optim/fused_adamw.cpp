@@ -23,7 +23,7 @@ maximize = false     # climb instead of descend
 state_dtype = "fp32" # fp32 | bf16, rounded stochastically: in which moments are kept
 stochastic_rounding = true  # of bf16 parameters; false: to nearest
 seed = 0             # of that
-implementation = "auto"  # auto | fused | reference: fused refuses what the fused step does not take
+implementation = "auto"  # auto | fused | reference: of bf16 weights or moments
 group = []           # tables: match = "*norm*", and what differs: lr_scale or any key above
 )";
 

@@ -21,7 +21,7 @@ struct AdamWOptions {
   at::ScalarType state_dtype = at::kFloat;  // or kBFloat16, rounded stochastically
   bool stochastic_rounding = true;          // of bf16 parameters; false: to nearest
   int64_t seed = 0;                         // of that
-  std::string implementation = "auto";      // auto | fused | reference, as of DctAdamW
+  std::string implementation = "auto";      // auto | fused | reference: of what is rounded
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
 

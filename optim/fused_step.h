@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Steps of many parameters in a few launches, on a GPU that this build knows: AdamW of anything,
-// and AdamW in the subspace of chosen basis vectors (adamw_kernels.h, rank_kernels.h,
+// and AdamW in the subspace of chosen basis vectors (adamw_kernels.h, dct_rank_kernels.h,
 // lowrank_kernels.h). Between those and the optimizers, whose composed steps define what is
 // computed. fused_step_cuda.cpp holds it, fused_step_none.cpp stands in where it is not built.
 #pragma once
@@ -37,6 +37,7 @@ struct FusedLowRank {
   bool transposed = false;  // the rows are projected
   bool chooses = true;      // this step chooses the columns
   bool rotate = true, estimate_fresh_columns = true;
+  bool measures = false;
 };
 
 // A matrix [rows, columns] that Trion or Muon moves, contiguous; of a split, one of its parts.
@@ -73,9 +74,11 @@ class FusedSteps {
   // Tensors of the same dtypes.
   void adamw(const std::vector<FusedTensor>& tensors, const FusedSettings& settings);
   // Matrices of the same shape, rank and dtypes. Products take bf16 operands: fp32 gradients are
-  // rounded first. Scratch: up to 256 MiB, or one matrix's; a basis of each size stays.
-  void low_rank(const std::vector<FusedTensor>& tensors, const FusedLowRank& how,
-                const FusedSettings& settings);
+  // rounded first. Scratch: up to 256 MiB, or one matrix's; a basis of each size stays. Where it
+  // chooses and measures: fp32 [matrices, 3], the square sums of what the columns hold of the
+  // gradient and of the gradient, and how many columns are new. Else undefined.
+  at::Tensor low_rank(const std::vector<FusedTensor>& tensors, const FusedLowRank& how,
+                      const FusedSettings& settings);
 
   // Matrices of the same shape and dtypes; orthonormalised in bf16.
   void trion(const std::vector<FusedMomentum>& matrices, const FusedTrion& how,

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <ounce/core/check.h>
 #include <ounce/optim/fused_step_parts.h>
 
 namespace ounce::optim {
@@ -89,9 +90,9 @@ void FusedSteps::adamw(const std::vector<FusedTensor>& tensors, const FusedSetti
   impl_->count(steps, s.skip);
 }
 
-Choice FusedSteps::Impl::choose(const LowRankShape& shape, const std::vector<Tensor>& matrices,
-                                Basis basis, int64_t norm, const Tensor& previous, bool rotates,
-                                const Tensor& skip) {
+Choice FusedSteps::Impl::choose(const LowRankShape& shape, const Tensor& key,
+                                const std::vector<Tensor>& matrices, Basis basis, int64_t norm,
+                                const Tensor& previous, bool rotates, const Tensor& skip) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   std::vector<const void*> pointers;
   bool aligned = true;
@@ -105,8 +106,8 @@ Choice FusedSteps::Impl::choose(const LowRankShape& shape, const std::vector<Ten
       .rows = shape.rows,
       .columns = shape.columns,
       .right = shape.right,
-      .gradient = table(matrices[0], Use::kRank)
-                      .upload<const void*>(pointers, device, [&] { return pointers; }),
+      .gradient =
+          table(key, Use::kRank).upload<const void*>(pointers, device, [&] { return pointers; }),
       .gradient_is_fp32 = matrices[0].scalar_type() == at::kFloat,
       .aligned = aligned};
   const auto processors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
@@ -140,7 +141,10 @@ Choice FusedSteps::Impl::choose(const LowRankShape& shape, const std::vector<Ten
 void FusedSteps::Impl::gather(const LowRankShape& shape, Basis basis, Choice& choice) {
   const auto n = shape.n();
   const auto options = choice.indices.options().dtype(at::kBFloat16);
-  auto& all = bases[{basis, n}];
+  auto& all = bases[{basis, n, choice.indices.get_device()}];
+  OUNCE_CHECK(
+      all.defined() || !is_capturing(),
+      "[optim] expected a step before the one that a CUDA graph captures: it makes the basis");
   if (!all.defined()) all = dct_basis(n, basis, options.dtype(at::kFloat)).to(at::kBFloat16);
   choice.q = at::empty({shape.count, shape.rank, n}, options);
   C10_CUDA_CHECK(gather_rows(all.const_data_ptr(), choice.indices.const_data_ptr<int>(),
@@ -234,8 +238,19 @@ Tensor project_adam(FusedSteps::Impl& impl, const LowRankShape& shape,
   return u;
 }
 
-void low_rank_batch(FusedSteps::Impl& impl, const std::vector<FusedTensor>& tensors,
-                    const FusedLowRank& how, const FusedSettings& s) {
+// [count, 3]
+Tensor measure(const Choice& choice, const FusedSettings& s) {
+  auto all = choice.squares.sum(1);
+  auto held = choice.squares.gather(1, choice.indices.to(at::kLong)).sum(1);
+  if (s.grad_scale.defined()) {
+    all = all * s.grad_scale.square();
+    held = held * s.grad_scale.square();
+  }
+  return at::stack({held, all, choice.source.lt(0).sum(1).to(at::kFloat)}, 1);
+}
+
+Tensor low_rank_batch(FusedSteps::Impl& impl, const std::vector<FusedTensor>& tensors,
+                      const FusedLowRank& how, const FusedSettings& s) {
   const auto& first = tensors[0].parameter;
   const auto rows = first.size(0);
   const LowRankShape shape = {.rows = rows,
@@ -253,9 +268,13 @@ void low_rank_batch(FusedSteps::Impl& impl, const std::vector<FusedTensor>& tens
     seeds.push_back(t.seed);
   }
   Choice choice{.indices = at::stack(indices)};
+  Tensor measured;
   if (how.chooses) {
-    choice = impl.choose(shape, gradients, how.basis, how.norm, choice.indices, how.rotate, s.skip);
+    choice = impl.choose(shape, first, gradients, how.basis, how.norm, choice.indices,
+                         how.rotate || how.measures, s.skip);
     at::_foreach_copy_(indices, choice.indices.unbind(0));
+    if (how.measures) measured = measure(choice, s);
+    if (!how.rotate) choice.source = Tensor();
   }
   impl.gather(shape, how.basis, choice);
   const auto u = project_adam(impl, shape, tensors, how, s, choice);
@@ -266,21 +285,27 @@ void low_rank_batch(FusedSteps::Impl& impl, const std::vector<FusedTensor>& tens
        .skip = s.skip,
        .rounding = s.stochastic_rounding ? Rounding::kStochastic : Rounding::kNearest});
   impl.count(steps, s.skip);
+  return measured;
 }
 
 }  // namespace
 
-void FusedSteps::low_rank(const std::vector<FusedTensor>& given, const FusedLowRank& how,
-                          const FusedSettings& s) {
-  if (given.empty()) return;
+Tensor FusedSteps::low_rank(const std::vector<FusedTensor>& given, const FusedLowRank& how,
+                            const FusedSettings& s) {
+  if (given.empty()) return {};
   const c10::cuda::CUDAGuard guard(given[0].parameter.device());
   auto tensors = given;
   for (auto& t : tensors) t.gradient = read_by_boxes(t.gradient);
   const auto& first = tensors[0];
   const auto rows = first.parameter.size(0), columns = first.parameter.numel() / rows;
   const auto copy = first.parameter.scalar_type() == at::kFloat ? rows * columns : 0;
+  std::vector<Tensor> all;
   each_batch(tensors, 2 * ((rows + columns) * first.indices.size(0) + copy),
-             [&](const auto& batch) { low_rank_batch(*impl_, batch, how, s); });
+             [&](const auto& batch) {
+               const auto measured = low_rank_batch(*impl_, batch, how, s);
+               if (measured.defined()) all.push_back(measured);
+             });
+  return all.empty() ? Tensor() : at::cat(all);
 }
 
 }  // namespace ounce::optim

@@ -16,8 +16,8 @@ bool FusedSteps::takes(const FusedMomentum&, const FusedTrion&) { return false; 
 void FusedSteps::adamw(const std::vector<FusedTensor>&, const FusedSettings&) {
   fail(Fault::kProblem, "[optim] the fused step is not built");
 }
-void FusedSteps::low_rank(const std::vector<FusedTensor>&, const FusedLowRank&,
-                          const FusedSettings&) {
+at::Tensor FusedSteps::low_rank(const std::vector<FusedTensor>&, const FusedLowRank&,
+                                const FusedSettings&) {
   fail(Fault::kProblem, "[optim] the fused step is not built");
 }
 void FusedSteps::trion(const std::vector<FusedMomentum>&, const FusedTrion&, const FusedSettings&) {

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <tuple>
 #include <utility>
 
 namespace ounce::optim {
@@ -65,37 +66,36 @@ void each_batch(const std::vector<T>& all, int64_t bytes, const F& f) {
   }
 }
 
-// What launches read of each tensor. It is uploaded again only where something moved, so that a
-// graph of steps whose tensors stay holds no copy from the host.
+inline bool is_capturing() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+
+// What launches read of each tensor. It is uploaded again only where something moved. A CUDA graph
+// has tables of its own, copied from the host at every launch, which live as long as this.
 class Table {
  public:
   // Of `pointers`, which say whether it changed; make() gives the entries.
   template <class Entry, class F>
   const Entry* upload(std::vector<const void*> pointers, const at::Device& device, const F& make) {
-    if (pointers != pointers_) {
+    if (is_capturing() || pointers != pointers_) {
       const std::vector<Entry> entries = make();
+      const auto bytes = static_cast<int64_t>(entries.size() * sizeof(Entry));
+      const auto host = at::empty({bytes}, at::TensorOptions(at::kByte).pinned_memory(true));
+      std::memcpy(host.data_ptr(), entries.data(), entries.size() * sizeof(Entry));
+      const auto there = at::empty({bytes}, at::TensorOptions(at::kByte).device(device));
+      if (is_capturing()) {
+        C10_CUDA_CHECK(cudaMemcpyAsync(there.data_ptr(), host.const_data_ptr(), host.nbytes(),
+                                       cudaMemcpyHostToDevice, c10::cuda::getCurrentCUDAStream()));
+        captured_.insert(captured_.end(), {host, there});
+        return static_cast<const Entry*>(there.const_data_ptr());
+      }
+      device_ = there.copy_(host, /*non_blocking=*/true);
       pointers_ = std::move(pointers);
-      put(entries.data(), entries.size() * sizeof(Entry), device);
     }
     return static_cast<const Entry*>(device_.const_data_ptr());
   }
 
  private:
-  void put(const void* data, size_t bytes, const at::Device& device) {
-    const auto size = static_cast<int64_t>(bytes);
-    const auto host = at::empty({size}, at::TensorOptions(at::kByte).pinned_memory(true));
-    std::memcpy(host.data_ptr(), data, bytes);
-    device_ = at::empty({size}, at::TensorOptions(at::kByte).device(device));
-    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None) {
-      device_.copy_(host, /*non_blocking=*/true);
-      return;
-    }
-    // A graph copies from the host at every launch.
-    C10_CUDA_CHECK(cudaMemcpyAsync(device_.data_ptr(), host.const_data_ptr(), bytes,
-                                   cudaMemcpyHostToDevice, c10::cuda::getCurrentCUDAStream()));
-    captured_.push_back(host);
-  }
-
   std::vector<const void*> pointers_;
   Tensor device_;
   std::vector<Tensor> captured_;
@@ -113,22 +113,25 @@ inline bool projects(const Tensor& parameter, Basis basis, bool transposed, int6
   if (basis != Basis::kDct2 && basis != Basis::kIdentity) return false;
   const auto rows = parameter.size(0), columns = parameter.numel() / rows;
   const auto n = transposed ? rows : columns;
-  return columns % 8 == 0 && n % 8 == 0 && rank % 16 == 0 && rank <= 256 && is_aligned(parameter) &&
-         can_rank(rank_basis(basis), n);
+  constexpr int64_t kMostProjected = 8192, kMostLonger = int64_t{1} << 30;
+  return columns % 8 == 0 && n % 8 == 0 && rank % 16 == 0 && rank <= 256 && n <= kMostProjected &&
+         rows + columns - n < kMostLonger && rows * columns < int64_t{1} << 32 &&
+         is_aligned(parameter) && can_rank(rank_basis(basis), n);
 }
 
 struct FusedSteps::Impl {
   // Tables by the first tensor's memory and by what they are for.
   enum class Use { kCount, kAdam, kRank, kProject, kBackproject, kMomentum, kMove };
   std::map<std::pair<const void*, Use>, Table> tables;
-  std::map<std::pair<Basis, int64_t>, Tensor> bases;
+  std::map<std::tuple<Basis, int64_t, int>, Tensor> bases;  // of a device
 
   Table& table(const Tensor& first, Use use) { return tables[{first.const_data_ptr(), use}]; }
 
-  // The largest columns of the matrices, fp32 or bf16. previous: [count, rank], or undefined; with
-  // it and `rotates` the source too.
-  Choice choose(const LowRankShape& shape, const std::vector<Tensor>& matrices, Basis basis,
-                int64_t norm, const Tensor& previous, bool rotates, const Tensor& skip);
+  // The largest columns of the matrices, fp32 or bf16; `key` is the same at every step. previous:
+  // [count, rank], or undefined; with it and `rotates` the source too.
+  Choice choose(const LowRankShape& shape, const Tensor& key, const std::vector<Tensor>& matrices,
+                Basis basis, int64_t norm, const Tensor& previous, bool rotates,
+                const Tensor& skip);
   // indices -> q
   void gather(const LowRankShape& shape, Basis basis, Choice& choice);
   // p = (1 - lr weight_decay) p - factor lr u q; lr undefined = 1

@@ -148,7 +148,7 @@ void low_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, const
   }
   // The momentum is rounded twice, by different bits.
   add_gradients(impl, matrices, s, 1, false, kExpAvgSqSeed, {});
-  auto choice = impl.choose(shape, momenta, how.basis, how.norm, {}, false, {});
+  auto choice = impl.choose(shape, first, momenta, how.basis, how.norm, {}, false, {});
   impl.gather(shape, how.basis, choice);
   const auto b = project_all(impl, shape, momenta, choice, s.skip);
   impl.backproject(shape, momenta, b, choice.q, steps, momentum_seeds,

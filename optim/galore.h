@@ -44,8 +44,8 @@ struct GaLoreOptions {
 // As DctAdamW (p, g, a and u are of its text), with Q [n, rank] of the singular vectors:
 //   p = (1 - lr weight_decay) p - lr scale u Q^T
 // Moments stay in their columns when Q changes, as published. State per projected parameter:
-// exp_avg, exp_avg_sq [long side, rank], basis [n, rank], step, in the parameter's dtype, of bf16
-// parameters in fp32, all from construction on.
+// exp_avg, exp_avg_sq [long side, rank] in state_dtype (fp64 of fp64
+// parameters), basis [n, rank] in fp32 (fp64), step, all from construction on.
 class GaLore : public NamedOptimizer {
  public:
   explicit GaLore(NamedParameters parameters, const GaLoreOptions& options = {});

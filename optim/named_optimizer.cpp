@@ -283,6 +283,8 @@ size_t NamedOptimizer::index_of(const at::Tensor& parameter) const {
   return found->second;
 }
 
+bool NamedOptimizer::accumulate(const at::Tensor& /*parameter*/) { return false; }
+
 const std::string& NamedOptimizer::name_of(const at::Tensor& parameter) const {
   return parameters_[index_of(parameter)].first;
 }

@@ -65,6 +65,10 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
   // undefined control.lr takes each group's own lr. Parameters without a gradient are left alone.
   void step(const StepControl& control);
 
+  // Adds the gradient of `parameter` to that of its next step, in the subspace that the optimizer
+  // steps in, so that .grad can go. False, with nothing done, where a step needs all of it.
+  virtual bool accumulate(const at::Tensor& parameter);
+
   // Called before a step changes anything, with the tensors that it is about to change; empty = all
   // of its parameters and state. A checkpoint's gate goes here.
   using UpdateHook = std::function<void(at::TensorList)>;
@@ -74,6 +78,11 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
   const NamedParameters& parameters() const;
   // Bytes of the tensors of visit_state(); state exists from construction on.
   int64_t state_bytes() const;
+
+  // What the last step measured, where an option `statistics` asked for it: fp32 scalars on the
+  // device by name.
+  using Statistics = std::vector<std::pair<std::string, at::Tensor>>;
+  virtual Statistics statistics() const { return {}; }
 
   // torch::save and torch::load: everything that visit_state() presents, and each group's lr, by
   // name. Loading checks the names, shapes and dtypes first and lists every difference in one error

@@ -25,7 +25,7 @@ __device__ inline uint32_t row_of(uint32_t stream, uint32_t upper) {
 // x -> the bits of a bf16; `row` as above, `lower`: the lower 32 bits of the position. Infinities
 // and NaN stay.
 __device__ inline uint32_t to_bf16(float x, uint32_t row, uint32_t lower) {
-  const uint32_t quiet = x != x ? 0x400000u : 0;
+  const uint32_t quiet = x != x ? 0x7FC00000u : 0;
   return ((__float_as_uint(x) + (spread(lower ^ row) & 0xFFFF)) | quiet) >> 16;
 }
 

@@ -172,6 +172,7 @@ Trion::Trion(const char* name, NamedParameters parameters, const Options& option
              const std::vector<GroupRule>& groups)
     : NamedOptimizer(std::move(parameters), options, groups), name_(name), lr_(lr) {
   slots_.resize(this->parameters().size());
+  auto stream = slots_.size();  // those before are of what AdamW takes
   std::map<std::tuple<size_t, int64_t, int64_t, at::ScalarType, std::string>, Bucket> buckets;
   for (size_t g = 0; g < param_groups().size(); ++g) {
     const auto& group = param_groups()[g];
@@ -208,17 +209,12 @@ Trion::Trion(const char* name, NamedParameters parameters, const Options& option
         bucket.group = g;
         bucket.rows = rows;
         bucket.columns = columns;
-        bucket.pieces.push_back({index, from});
+        bucket.pieces.push_back({index, from, stream++});
         from += rows;
       }
     }
   }
   for (auto& [key, bucket] : buckets) buckets_.push_back(std::move(bucket));
-}
-
-// A split has its pieces' rows apart: no two tensors share a stream.
-size_t Trion::stream_of(const Bucket::Piece& piece) {
-  return piece.parameter ^ (static_cast<size_t>(piece.from) << 16);
 }
 
 void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
@@ -251,7 +247,7 @@ void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
     const auto m = as_matrix(piece_of(slot.momentum));
     const auto g = as_matrix(step.scaled(piece_of(parameter.grad())));
     const auto b = m + g;
-    const auto stream = stream_of(piece);
+    const auto stream = piece.stream;
     const auto keep = [&](const Tensor& momentum) {
       step.keep(m, momentum, slot.step, seed_of(o.seed, stream) + kExpAvgSeed);
     };
@@ -367,7 +363,7 @@ Trion::Bucket Trion::fused_step(const Bucket& bucket, const StepControl& control
                                .gradient = part(parameter.grad()),
                                .momentum = part(slot.momentum),
                                .step = slot.step,
-                               .seed = seed_of(o.seed, stream_of(piece))};
+                               .seed = seed_of(o.seed, piece.stream)};
     if (is_fused(name_, name, parameter, o.implementation, FusedSteps::takes(matrix, how))) {
       fused[matrix.momentum.scalar_type()].push_back(matrix);
     } else {

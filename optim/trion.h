@@ -95,12 +95,12 @@ class Trion : public NamedOptimizer {
     struct Piece {
       size_t parameter;  // in parameters()
       int64_t from;      // row
+      size_t stream;     // of its rounding
     };
     size_t group;
     int64_t rows, columns;
     std::vector<Piece> pieces;
   };
-  static size_t stream_of(const Bucket::Piece& piece);
   Bucket fused_step(const Bucket& bucket, const StepControl& control);
   void update_group(size_t group, const StepControl& control,
                     const std::vector<bool>& has_composed);

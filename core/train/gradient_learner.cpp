@@ -54,7 +54,8 @@ class GradientLearner : public Learner {
     update.grad_scale = clip.scale;
     update.skip = at::logical_or(clip.found_inf, at::isfinite(total).logical_not()).to(at::kFloat);
     optimizer_->step(update);
-    return {total / static_cast<double>(std::max<int64_t>(counted, 1)), clip.norm, update.skip};
+    return {total / static_cast<double>(std::max<int64_t>(counted, 1)), clip.norm, update.skip,
+            optimizer_->statistics()};
   }
 
   void before_update(std::function<void(at::TensorList)> hook) override {
@@ -125,19 +126,22 @@ class GradientLearner : public Learner {
     return model_->loss_sum(model_->hidden(batch.tokens, context), batch.targets);
   }
 
-  // Backward is the step.
+  // The last backward is the step.
   StepReport layerwise_step(const std::vector<data::Batch>& micro_batches, int64_t counted,
                             const StepControl& control) {
-    OUNCE_CHECK(micro_batches.size() == 1,
-                "[gradient] layerwise: each backward is a step; expected data.accumulate = 1, got ",
-                micro_batches.size());
     stepper_->pause(false);
     stepper_->set_control(control);
-    const auto loss = forward(to_device(micro_batches[0], device_)) /
-                      static_cast<double>(std::max<int64_t>(counted, 1));
-    backward(loss);
+    at::Tensor total;
+    for (size_t i = 0; i < micro_batches.size(); ++i) {
+      stepper_->accumulate(i + 1 < micro_batches.size());
+      const auto loss = forward(to_device(micro_batches[i], device_)) /
+                        static_cast<double>(std::max<int64_t>(counted, 1));
+      backward(loss);
+      total = total.defined() ? total + loss.detach() : loss.detach();
+    }
+    stepper_->flush();
     const auto norm = stepper_->take_norm();
-    return {loss.detach(), norm, norm.isfinite().logical_not().to(at::kFloat)};
+    return {total, norm, norm.isfinite().logical_not().to(at::kFloat), optimizer_->statistics()};
   }
 
   static void backward(const at::Tensor& loss) {

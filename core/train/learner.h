@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace ounce {
@@ -21,6 +23,7 @@ struct StepReport {
   at::Tensor loss;     // fp32: mean over the targets that count, of all micro-batches
   at::Tensor norm;     // fp32: gradient norm before clipping (or the learner's own measure)
   at::Tensor skipped;  // fp32: nonzero where the step was not finite and changed nothing
+  std::vector<std::pair<std::string, at::Tensor>> measured = {};  // fp32: what else was asked for
 };
 
 // Bytes by purpose, of everything the learner holds between steps.

@@ -11,13 +11,18 @@ struct PendingStep::Event {
 };
 
 PendingStep::PendingStep(int64_t step, const StepReport& report) : step_(step) {
-  const auto packed = at::stack(
-      {report.loss.to(at::kFloat), report.norm.to(at::kFloat), report.skipped.to(at::kFloat)});
+  std::vector<at::Tensor> scalars = {report.loss, report.norm, report.skipped};
+  for (const auto& [name, value] : report.measured) {
+    names_.push_back(name);
+    scalars.push_back(value);
+  }
+  for (auto& scalar : scalars) scalar = scalar.to(at::kFloat);
+  const auto packed = at::stack(scalars);
   if (!packed.is_cuda()) {
     numbers_ = packed;
     return;
   }
-  numbers_ = at::empty({3}, at::TensorOptions(at::kFloat).pinned_memory(true));
+  numbers_ = at::empty(packed.sizes(), at::TensorOptions(at::kFloat).pinned_memory(true));
   numbers_.copy_(packed, /*non_blocking=*/true);
   event_ = std::make_unique<Event>(Event{c10::Event(c10::DeviceType::CUDA)});
   event_->event.record(
@@ -31,7 +36,11 @@ PendingStep& PendingStep::operator=(PendingStep&&) noexcept = default;
 StepNumbers PendingStep::wait() const {
   if (event_) event_->event.synchronize();
   const auto* values = numbers_.const_data_ptr<float>();
-  return {step_, values[0], values[1], values[2] != 0};
+  StepNumbers numbers{step_, values[0], values[1], values[2] != 0};
+  for (size_t i = 0; i < names_.size(); ++i) {
+    numbers.measured.emplace_back(names_[i], values[3 + i]);
+  }
+  return numbers;
 }
 
 void StepClock::pause() {

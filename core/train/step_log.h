@@ -6,6 +6,9 @@
 #include <chrono>
 #include <memory>
 #include <optional>
+#include <string>
+#include <utility>
+#include <vector>
 
 namespace ounce {
 
@@ -14,6 +17,7 @@ struct StepNumbers {
   int64_t step = 0;
   double loss = 0, norm = 0;
   bool skipped = false;
+  std::vector<std::pair<std::string, double>> measured = {};  // as StepReport's
 };
 
 // Brings the device scalars of a step to the host without waiting for the device: the copy is
@@ -31,7 +35,8 @@ class PendingStep {
  private:
   struct Event;
   int64_t step_;
-  at::Tensor numbers_;  // fp32 [3], host, pinned for a GPU
+  at::Tensor numbers_;  // fp32 [3 + measured], host, pinned for a GPU
+  std::vector<std::string> names_;
   std::unique_ptr<Event> event_;
 };
 

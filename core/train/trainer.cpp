@@ -272,6 +272,7 @@ void Trainer::Impl::report_step(const StepNumbers& numbers) {
   const auto& config = options.config;
   const auto lr = config.number("optimizer.lr") * schedule->factor(numbers.step - 1);
   std::vector<Record::Field> fields = {{"loss", numbers.loss}, {"norm", numbers.norm}, {"lr", lr}};
+  for (const auto& [name, value] : numbers.measured) fields.emplace_back(name, value);
   const auto steps = numbers.step - lap_start;
   if (steps > 0) {
     const double seconds = clock.lap() / static_cast<double>(steps);

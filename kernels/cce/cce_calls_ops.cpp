@@ -148,6 +148,9 @@ CceGradients backward(const OptionalTensor& grad_loss, const OptionalTensor& gra
   check_inputs(in, o);
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto hidden = in.hidden.reshape({in.target.numel(), in.hidden.size(-1)});
+  OUNCE_CHECK(
+      !grad_entropy || saved.entropy,
+      "[linear_cross_entropy] expected the entropy that forward gave, with a gradient of it");
   o.return_entropy(grad_entropy.has_value());
   const bool fused =
       o.grad_mode() == GradMode::kExact

@@ -41,6 +41,7 @@ __device__ inline void finish_logits(const Logits& p, const Lane& at, int first,
             float& z = d[half][g * 4 + h * 2 + c];
             z = (z + bias) * p.scale;
             if (p.softcap > 0) z = p.softcap * tanh_of(z / p.softcap);
+            z = z < kNothing ? kNothing : z;  // a bias of -inf
           }
         }
       }

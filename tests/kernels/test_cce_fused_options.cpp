@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // What the fused path's general passes can do: moments of a row, gradients that are more than a
 // factor of the probability, fp16.
+#include <limits>
+
 #include "kernels/cce_fused_case.h"
 
 namespace ounce {
@@ -120,13 +122,36 @@ TEST_P(CceFusedOptions, CorrectIsTheFirstLargest) {
   }
 }
 
+// A vocabulary of which a bias leaves out a part.
+TEST_P(CceFusedOptions, ABiasOfMinusInfinity) {
+  for (const auto type : kTypes) {
+    auto c = random_case({300}, 64, 2000, type);
+    c.bias = torch::zeros({2000}, c.weight.options().requires_grad(false));
+    c.bias.narrow(0, 500, 700).fill_(-std::numeric_limits<double>::infinity());
+    c.target = c.target.remainder(500);
+    c.options.ignore_index(-100).return_entropy(true);
+    auto few = c;  // the same without them
+    few.bias = {};
+    few.weight =
+        torch::cat({c.weight.detach().narrow(0, 0, 500), c.weight.detach().narrow(0, 1200, 800)});
+    const auto out = c.run(), expected = few.run();
+    EXPECT_LE(rms_error(out.loss, expected.loss), 1e-5);
+    EXPECT_LE(rms_error(out.entropy, expected.entropy), 1e-5);
+    auto leaf = c.as(type);
+    const auto loss = leaf.run();
+    (loss.loss + loss.entropy.sum()).backward();
+    EXPECT_TRUE(leaf.weight.grad().isfinite().all().item<bool>());
+    EXPECT_EQ(leaf.weight.grad().narrow(0, 500, 700).abs().max().item<float>(), 0);
+  }
+}
+
 TEST_P(CceFusedOptions, Fp16OnRaggedShapes) {
   auto shapes = kRaggedShapes;
   shapes.insert(shapes.end(), {{130, 193, 64}, {1000, 5003, 72}, {300, 20011, 256}});
   for (const auto& s : shapes) {
     SCOPED_TRACE(c10::str(s.tokens, " ", s.vocab, " ", s.dim));
     expect_both_ways(random_case({s.tokens}, s.dim, s.vocab, at::kHalf),
-                 s.vocab >= 1000 ? kSpread : kPeaked);
+                     s.vocab >= 1000 ? kSpread : kPeaked);
   }
 }
 

@@ -187,6 +187,16 @@ TEST(DctRefuses, ByName) {
   EXPECT_OUNCE_ERROR(newton_schulz(g, -1, Iteration::kQuintic), kUsage, "steps >= 0, got -1");
 }
 
+// Squares that underflow must not make what is left of the norm too small.
+TEST_P(Dct, OrthonormalisationOfNextToNothingStaysSmall) {
+  torch::manual_seed(3);
+  for (const double size : {1e-20, 5e-24, 1e-30, 1e-44}) {
+    const auto x = (torch::randn({48, 48}, torch::device(device())) * size).to(at::kFloat);
+    const auto y = newton_schulz(x, 5, Iteration::kQuintic);
+    EXPECT_LE(y.abs().max().item<float>(), 1) << size;
+  }
+}
+
 }  // namespace
 
 }  // namespace ounce::optim

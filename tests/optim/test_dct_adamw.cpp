@@ -152,35 +152,84 @@ TEST_P(DctAdamWOnDevice, EqualsItsDefinition) {
   }
 }
 
-// What was applied and what is still held back are all gradients so far.
-TEST_P(DctAdamWOnDevice, ErrorFeedbackLosesNothing) {
-  auto o = small(3);
-  o.residual = Residual::kErrorFeedback;
-  const auto p = parameter({24, 12});
-  DctAdamW optimizer({p}, o);
-  Tensor residual;
+// The tensors of one name that an optimizer keeps.
+Tensor find_state(NamedOptimizer& optimizer, std::string_view wanted) {
   struct Find : StateVisitor {
+    std::string_view wanted;
     Tensor found;
     void tensor(std::string_view name, Tensor& value, StateClass) override {
-      if (name == "residual") found = value;
+      if (name == wanted) found = value;
     }
     void integer(std::string_view, int64_t&) override {}
     void number(std::string_view, double&) override {}
     void text(std::string_view, std::string&) override {}
     bool loading() const override { return false; }
   } find;
+  find.wanted = wanted;
   optimizer.visit_state(find);
-  auto sum = torch::zeros_like(p.detach()), applied = sum.clone();
-  for (int64_t step = 0; step < 50; ++step) {
-    const auto g = gradient_of(p, step), with = g + find.found;
-    p.mutable_grad() = g.clone();
-    optimizer.step();
-    const auto indices = optimizer.indices_of(p);
-    const auto a = dct_project(with, indices, Side::kRight, Basis::kDct2);
-    applied += dct_backproject(a, indices, 12, Side::kRight, Basis::kDct2);
-    sum += g;
-    EXPECT_LE(rms_error(applied + find.found, sum), 1e-12);
+  return find.found;
+}
+
+Tensor residual_of(NamedOptimizer& optimizer) {
+  const auto residual = find_state(optimizer, "residual"),
+             scales = find_state(optimizer, "residual_scales");
+  if (!scales.defined()) return residual.to(at::kDouble);
+  return residual.to(at::kDouble) *
+         scales.to(at::kDouble).repeat_interleave(128, 1).narrow(1, 0, residual.size(1));
+}
+
+// What was applied and what is still held back are all gradients so far, but for what rounding
+// changed.
+TEST_P(DctAdamWOnDevice, ErrorFeedbackLosesNothing) {
+  const std::pair<ResidualType, double> types[] = {
+      {ResidualType::kFp32, 1e-12}, {ResidualType::kBf16, 0.02}, {ResidualType::kInt8, 0.05}};
+  for (const auto& [type, bound] : types) {
+    auto o = small(3);
+    o.residual = Residual::kErrorFeedback;
+    o.residual_type = type;
+    const auto p = parameter({24, 12});
+    DctAdamW optimizer({p}, o);
+    auto sum = torch::zeros_like(p.detach()), applied = sum.clone();
+    for (int64_t step = 0; step < 50; ++step) {
+      const auto g = gradient_of(p, step), with = g + residual_of(optimizer);
+      p.mutable_grad() = g.clone();
+      optimizer.step();
+      const auto indices = optimizer.indices_of(p);
+      const auto a = dct_project(with, indices, Side::kRight, Basis::kDct2);
+      applied += dct_backproject(a, indices, 12, Side::kRight, Basis::kDct2);
+      sum += g;
+      EXPECT_LE(rms_error(applied + residual_of(optimizer), sum), bound);
+    }
   }
+}
+
+// Of rows that are no whole number of blocks; one block is 0.
+TEST_P(DctAdamWOnDevice, ErrorFeedbackInFewerBits) {
+  std::vector<Tensor> residuals;
+  std::vector<int64_t> bytes;
+  Tensor scales;
+  for (const auto type : {ResidualType::kFp32, ResidualType::kBf16, ResidualType::kInt8}) {
+    auto o = small(3);
+    o.basis = Basis::kIdentity;
+    o.residual = Residual::kErrorFeedback;
+    o.residual_type = type;
+    const auto p = parameter({24, 300}, at::kFloat);
+    DctAdamW optimizer({p}, o);
+    torch::manual_seed(5);
+    p.mutable_grad() = torch::randn({24, 300}).to(device());
+    p.mutable_grad().select(0, 7).narrow(0, 0, 128).zero_();
+    optimizer.step();
+    residuals.push_back(residual_of(optimizer));
+    bytes.push_back(optimizer.state_bytes());
+    scales = find_state(optimizer, "residual_scales");
+  }
+  EXPECT_EQ(bytes[0] - bytes[1], 24 * 300 * 2);
+  EXPECT_EQ(bytes[0] - bytes[2], 24 * 300 * 3 - 24 * 3 * 4);
+  EXPECT_LE(rms_error(residuals[1], residuals[0]), 4e-3);
+  const auto off = (residuals[2] - residuals[0]).abs();
+  const auto half = scales.to(at::kDouble).repeat_interleave(128, 1).narrow(1, 0, 300) / 2;
+  EXPECT_TRUE((off <= half * (1 + 1e-6)).all().item<bool>());
+  EXPECT_EQ(residuals[2].select(0, 7).narrow(0, 0, 128).abs().max().item<double>(), 0);
 }
 
 TEST_P(DctAdamWOnDevice, FreshColumnsDoNotLeap) {
@@ -323,6 +372,35 @@ TEST(DctAdamWRegistry, MakesItFromItsKeys) {
   p.mutable_grad() = torch::ones({16, 8});
   optimizer->step();
   EXPECT_EQ(optimizer->state_bytes(), 4 * 2 * 16 * 3 + 4 * 3 + 4);
+}
+
+TEST_P(DctAdamWOnDevice, StatisticsSayWhatTheColumnsHold) {
+  auto o = small(2);
+  o.basis = Basis::kIdentity;
+  o.side = Side::kRight;
+  o.statistics = true;
+  const auto p = parameter({3, 4}, at::kFloat), q = parameter({5}, at::kFloat);
+  DctAdamW optimizer({p, q}, o);
+  EXPECT_TRUE(optimizer.statistics().empty());
+  const auto step = [&](const std::vector<float>& columns) {
+    p.mutable_grad() = torch::tensor(columns, p.options().requires_grad(false)).expand({3, 4});
+    q.mutable_grad() = torch::ones_like(q);
+    optimizer.step({torch::full({}, 1e-3, torch::device(device())),
+                    torch::full({}, 2.0, torch::device(device())),
+                    {}});
+    std::vector<double> values;
+    for (const auto& [name, value] : optimizer.statistics()) values.push_back(value.item<double>());
+    return values;
+  };
+  // It starts from columns 0 and 1; scaled by 2, what is left out is 2 sqrt(3 (1 + 4)).
+  const auto first = step({1, 5, 2, 7});
+  EXPECT_NEAR(first[0], 74. / 79, 1e-6);
+  EXPECT_NEAR(first[1], 0.5, 1e-6);
+  EXPECT_NEAR(first[2], 2 * std::sqrt(15.), 1e-5);
+  const auto second = step({1, 5, 2, 7});
+  EXPECT_EQ(second[1], 0);
+  EXPECT_EQ(step({0, 0, 0, 0})[0], 0);
+  EXPECT_EQ(optimizer.statistics()[2].first, "residual_norm");
 }
 
 }  // namespace

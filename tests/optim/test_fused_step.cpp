@@ -184,6 +184,20 @@ TEST_P(FusedStep, SkippedStepsChangeNothing) {
   for (size_t i = 0; i < before.size(); ++i) EXPECT_TRUE(at::equal(before[i], after[i]));
 }
 
+// Without a skip, what is not a number stays that, in weights and moments.
+TEST_P(FusedStep, NanIsNotRoundedAway) {
+  for (const auto state : kTypes) {
+    DctAdamWOptions o;
+    o.rank = 32;
+    o.state_dtype = state;
+    Pair<DctAdamW, DctAdamWOptions> pair({{256, 128}, {77}}, at::kBFloat16, device(), o);
+    pair.step(0, {});
+    for (const auto& p : pair.fused) p.mutable_grad() = torch::full_like(p, NAN);
+    pair.ours->step();
+    for (const auto& p : pair.fused) EXPECT_TRUE(p.isnan().all().item<bool>());
+  }
+}
+
 TEST_P(FusedStep, RepeatsBitForBit) {
   std::vector<std::vector<Tensor>> results;
   for (int run = 0; run < 3; ++run) {

@@ -114,6 +114,94 @@ TEST_P(Layerwise, StepsAsAStepAfterBackwardDoes) {
   }
 }
 
+// Steps of three backward() calls each, but the first: it chooses the columns for all.
+TEST_P(Layerwise, AccumulatedGradientsAreOneStep) {
+  const std::pair<const char*, Make> both[] = {
+      {"adamw", [](NamedParameters p) { return std::make_unique<FusedAdamW>(p); }},
+      {"dct_adamw", [](NamedParameters p) {
+         DctAdamWOptions o;
+         o.rank = 3;
+         o.update_interval = 100;
+         return std::make_unique<DctAdamW>(p, o);
+       }}};
+  for (const auto& [name, make] : both) {
+    SCOPED_TRACE(name);
+    const Net one(device()), other(device());
+    const auto inside = make(one.parameters), after = make(other.parameters);
+    LayerwiseStepper stepper(*inside);
+    for (int64_t step = 0; step < 6; ++step) {
+      const int parts = step == 0 ? 1 : 3;
+      for (int part = 0; part < parts; ++part) {
+        stepper.accumulate(part + 1 < parts);
+        one.loss(10 * step + part).backward();
+        EXPECT_EQ(one.gradients(), 0);
+        other.loss(10 * step + part).backward();
+      }
+      after->step();
+      after->zero_grad();
+    }
+    for (size_t i = 0; i < one.parameters.size(); ++i) {
+      EXPECT_LE(rms_error(one.parameters[i].second, other.parameters[i].second), 1e-11);
+    }
+  }
+}
+
+TEST_P(Layerwise, OneBrokenPartBreaksItsStep) {
+  const Net net(device());
+  DctAdamWOptions o;
+  o.rank = 3;
+  DctAdamW optimizer(net.parameters, o);
+  LayerwiseStepper stepper(optimizer);
+  std::vector<Tensor> before;
+  for (const auto& [name, p] : net.parameters) before.push_back(p.detach().clone());
+  stepper.accumulate(true);
+  (net.loss(0) + (net.parameters[1].second * std::nan("")).sum() +
+   (net.parameters[2].second * std::nan("")).sum())
+      .backward();
+  stepper.accumulate(false);
+  net.loss(1).backward();
+  for (size_t i = 0; i < before.size(); ++i) {
+    EXPECT_EQ(at::equal(net.parameters[i].second.detach(), before[i]), i == 1 || i == 2);
+  }
+  net.loss(2).backward();  // and is forgotten
+  EXPECT_FALSE(at::equal(net.parameters[1].second.detach(), before[1]));
+  EXPECT_TRUE(net.parameters[1].second.detach().isfinite().all().item<bool>());
+}
+
+// What the last backward does not reach steps all the same.
+TEST_P(Layerwise, FlushStepsWhatIsLeft) {
+  const Net one(device()), other(device());
+  DctAdamWOptions o;
+  o.rank = 3;
+  DctAdamW inside(one.parameters, o), after(other.parameters, o);
+  LayerwiseStepper stepper(inside);
+  stepper.accumulate(true);
+  one.loss(0).backward();
+  stepper.accumulate(false);
+  one.parameters[2].second.sum().backward();  // the bias alone
+  stepper.flush();
+  other.loss(0).backward();
+  other.parameters[2].second.sum().backward();
+  after.step();
+  for (size_t i = 0; i < one.parameters.size(); ++i) {
+    EXPECT_LE(rms_error(one.parameters[i].second, other.parameters[i].second), 1e-11);
+  }
+  const auto before = one.parameters[0].second.detach().clone();
+  stepper.flush();
+  EXPECT_TRUE(at::equal(one.parameters[0].second.detach(), before));
+}
+
+TEST_P(Layerwise, AResidualIsNotAccumulated) {
+  const Net net(device());
+  DctAdamWOptions o;
+  o.rank = 3;
+  o.residual = Residual::kSign;
+  DctAdamW optimizer(net.parameters, o);
+  LayerwiseStepper stepper(optimizer);
+  stepper.accumulate(true);
+  EXPECT_OUNCE_ERROR(net.loss(0).backward(), kUsage, "expected residual = none where projected");
+}
+
 TEST_P(Layerwise, WhatIsNotFiniteSkipsAlone) {
   const Net net(device());
   FusedAdamW optimizer(net.parameters);

@@ -11,10 +11,10 @@
 
 namespace {
 
+using ounce::glob_matches;
 using ounce::Options;
 using ounce::optim::AdamWOptions;
 using ounce::optim::FusedAdamW;
-using ounce::glob_matches;
 using ounce::optim::named_parameters;
 using ounce::optim::NamedOptimizer;
 using ounce::optim::NamedParameters;
