@@ -41,7 +41,7 @@ TEST_F(Refusals, FlagsNamesAndValues) {
       {"--set model.dropout=1.5", "expected a number in [0, 0.99], got 1.5"},
       {"--set data.sequence=100000", "sequence"},
       {"--set optimizer.schedule.warmup=100", "longer than the run of 40 steps"},
-      {"--set precision.params=bf16", "stochastic rounding"},
+      {"--set precision.params=bf16 --set optimizer.amsgrad=true", "neither amsgrad nor maximize"},
       {"--plugin none.so", "none.so"},
   };
   for (const auto& [arguments, text] : wrong) expect_refusal(base + arguments, 2, text);

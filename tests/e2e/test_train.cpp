@@ -26,6 +26,15 @@ TEST_F(Train, ResumeIsBitIdenticalToNeverHavingStopped) {
        "--set optimizer.name=galore --set optimizer.rank=8 --set optimizer.update_interval=4 ", 10},
       {"trion", "fp32", "1", "--set optimizer.name=trion --set optimizer.rank=8 ", 10},
       {"muon", "fp32", "1", "--set optimizer.name=muon ", 10},
+      {"adamw16", "bf16", "1", "--set precision.params=bf16 --set optimizer.state_dtype=bf16 ", 10},
+      {"int8", "fp32", "1",
+       "--set optimizer.name=dct_adamw --set optimizer.rank=8 --set optimizer.residual=ef "
+       "--set optimizer.residual_type=int8 --set optimizer.statistics=true ",
+       10},
+      {"accumulated", "fp32", "1",
+       "--set optimizer.name=dct_adamw --set optimizer.rank=8 --set learner.layerwise=true "
+       "--set learner.clip=0 --set data.accumulate=2 ",
+       10},
       {"layerwise", "fp32", "1",
        "--set learner.layerwise=true --set learner.clip=0 --set data.accumulate=1 ", 10},
   };

@@ -131,7 +131,7 @@ TEST_P(CceFusedOptions, ABiasOfMinusInfinity) {
     c.target = c.target.remainder(500);
     c.options.ignore_index(-100).return_entropy(true);
     auto few = c;  // the same without them
-    few.bias = {};
+    few.bias = Tensor();
     few.weight =
         torch::cat({c.weight.detach().narrow(0, 0, 500), c.weight.detach().narrow(0, 1200, 800)});
     const auto out = c.run(), expected = few.run();
