@@ -80,13 +80,7 @@ struct Ring {
 // by side, one after the other in shared memory; the columns are a multiple of their width.
 inline cudaError_t make_map(CUtensorMap* map, Element element, const void* data, int64_t rows,
                             int64_t columns, int box_rows, int wide = 1) {
-  static const auto encode = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
-                                     &found);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
-  }();
+  const auto encode = tma::encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   const bool fp32 = element == Element::kFp32;
   const auto width = static_cast<cuuint64_t>(tma::kRowBytes / (fp32 ? 4 : 2));

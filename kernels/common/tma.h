@@ -13,11 +13,8 @@ namespace ounce::tma {
 
 constexpr int kRowBytes = 128;  // of a box
 
-// A matrix [rows, columns] of 16-bit elements, `row_bytes` apart, read or written in boxes of
-// box_rows x 64. Elements outside read as 0 and are not written. Data and row_bytes are multiples
-// of 16.
-inline cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const void* data,
-                            int64_t rows, int64_t columns, int64_t row_bytes, int box_rows) {
+// cuTensorMapEncodeTiled, of the driver; null where it has none.
+inline decltype(&cuTensorMapEncodeTiled) encoder() {
   static const auto encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -25,6 +22,15 @@ inline cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const vo
                                      &found);
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
   }();
+  return encode;
+}
+
+// A matrix [rows, columns] of 16-bit elements, `row_bytes` apart, read or written in boxes of
+// box_rows x 64. Elements outside read as 0 and are not written. Data and row_bytes are multiples
+// of 16.
+inline cudaError_t make_map(CUtensorMap* map, CUtensorMapDataType type, const void* data,
+                            int64_t rows, int64_t columns, int64_t row_bytes, int box_rows) {
+  const auto encode = encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes)};

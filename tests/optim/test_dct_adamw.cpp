@@ -12,6 +12,7 @@
 #include "support/expect_error.h"
 #include "support/registered_optimizers.h"
 #include "support/rms_error.h"
+#include "support/state_tensors.h"
 
 namespace ounce::optim {
 
@@ -19,6 +20,7 @@ namespace {
 
 using at::Tensor;
 using ounce::test::rms_error;
+using ounce::test::state_tensor;
 
 class DctAdamWOnDevice : public ounce::test::OnDevice {
  protected:
@@ -152,27 +154,9 @@ TEST_P(DctAdamWOnDevice, EqualsItsDefinition) {
   }
 }
 
-// The tensors of one name that an optimizer keeps.
-Tensor find_state(NamedOptimizer& optimizer, std::string_view wanted) {
-  struct Find : StateVisitor {
-    std::string_view wanted;
-    Tensor found;
-    void tensor(std::string_view name, Tensor& value, StateClass) override {
-      if (name == wanted) found = value;
-    }
-    void integer(std::string_view, int64_t&) override {}
-    void number(std::string_view, double&) override {}
-    void text(std::string_view, std::string&) override {}
-    bool loading() const override { return false; }
-  } find;
-  find.wanted = wanted;
-  optimizer.visit_state(find);
-  return find.found;
-}
-
 Tensor residual_of(NamedOptimizer& optimizer) {
-  const auto residual = find_state(optimizer, "residual"),
-             scales = find_state(optimizer, "residual_scales");
+  const auto residual = state_tensor(optimizer, "residual"),
+             scales = state_tensor(optimizer, "residual_scales");
   if (!scales.defined()) return residual.to(at::kDouble);
   return residual.to(at::kDouble) *
          scales.to(at::kDouble).repeat_interleave(128, 1).narrow(1, 0, residual.size(1));
@@ -221,7 +205,7 @@ TEST_P(DctAdamWOnDevice, ErrorFeedbackInFewerBits) {
     optimizer.step();
     residuals.push_back(residual_of(optimizer));
     bytes.push_back(optimizer.state_bytes());
-    scales = find_state(optimizer, "residual_scales");
+    scales = state_tensor(optimizer, "residual_scales");
   }
   EXPECT_EQ(bytes[0] - bytes[1], 24 * 300 * 2);
   EXPECT_EQ(bytes[0] - bytes[2], 24 * 300 * 3 - 24 * 3 * 4);

@@ -11,6 +11,7 @@
 #include "support/devices.h"
 #include "support/expect_error.h"
 #include "support/rms_error.h"
+#include "support/state_tensors.h"
 
 namespace ounce::optim {
 
@@ -86,16 +87,9 @@ struct Pair {
 };
 
 std::vector<Tensor> state_of(NamedOptimizer& optimizer) {
-  struct Visitor : StateVisitor {
-    std::vector<Tensor> all;
-    void tensor(std::string_view, Tensor& value, StateClass) override { all.push_back(value); }
-    void integer(std::string_view, int64_t&) override {}
-    void number(std::string_view, double&) override {}
-    void text(std::string_view, std::string&) override {}
-    bool loading() const override { return false; }
-  } visitor;
-  optimizer.visit_state(visitor);
-  return visitor.all;
+  std::vector<Tensor> all;
+  for (const auto& [name, tensor] : ounce::test::state_tensors(optimizer)) all.push_back(tensor);
+  return all;
 }
 
 constexpr at::ScalarType kTypes[] = {at::kFloat, at::kBFloat16};

@@ -13,6 +13,7 @@
 
 #include "support/devices.h"
 #include "support/expect_error.h"
+#include "support/state_tensors.h"
 
 namespace ounce::optim {
 
@@ -140,19 +141,9 @@ TEST_P(StochasticRounding, MomentsOf16BitsFollow) {
       optimizer.step();
     }
     EXPECT_EQ(optimizer.state_bytes(), 2 * p.numel() * (state == at::kFloat ? 4 : 2) + 4);
-    struct Visitor : StateVisitor {
-      Tensor found;
-      void tensor(std::string_view name, Tensor& value, StateClass) override {
-        if (name == "exp_avg_sq") found = value;
-      }
-      void integer(std::string_view, int64_t&) override {}
-      void number(std::string_view, double&) override {}
-      void text(std::string_view, std::string&) override {}
-      bool loading() const override { return false; }
-    } visitor;
-    optimizer.visit_state(visitor);
-    EXPECT_EQ(visitor.found.scalar_type(), state);
-    return mean_of(visitor.found);
+    const auto found = ounce::test::state_tensor(optimizer, "exp_avg_sq");
+    EXPECT_EQ(found.scalar_type(), state);
+    return mean_of(found);
   };
   const double exact = second_moment(at::kFloat);
   EXPECT_NEAR(exact, 1 - std::pow(0.999, 1000), 1e-3);
