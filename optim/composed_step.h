@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -47,6 +48,12 @@ inline at::ScalarType state_type(const char* optimizer, const std::string& name,
 
 // Keys of what is rounded to bf16, and of who computes. O: state_dtype, stochastic_rounding, seed,
 // implementation.
+inline const std::string kRoundingDefaults =
+    R"(state_dtype = "fp32"    # fp32 | bf16, rounded stochastically: in which moments are kept
+stochastic_rounding = true  # of bf16 parameters; false: to nearest
+seed = 0                # of that
+implementation = "auto"  # auto | fused | reference: fused refuses what the fused step does not take
+)";
 template <class O>
 void write_rounding_options(const O& from, Options& options) {
   options.set("state_dtype", std::string(from.state_dtype == at::kFloat ? "fp32" : "bf16"));
@@ -70,6 +77,10 @@ struct Projection {
   bool transposed;  // the rows are projected
 };
 // Its keys, and those of how bf16 parameters are rounded.
+inline const std::string kProjectionDefaults = R"(project = true          # false: AdamW
+min_dim = 0             # matrices with a smaller side take AdamW; 0 = twice the rank
+max_dim = 32000         # so do those with a larger one
+)" + kRoundingDefaults;
 template <class O>
 void write_projection_options(const O& from, Options& options) {
   options.set("rank", from.rank);
@@ -122,6 +133,16 @@ inline uint64_t seed_of(int64_t seed, size_t stream) {
   return (static_cast<uint64_t>(seed) << 32) ^ stream;
 }
 
+// The learning rate of a group's step, a scalar.
+inline at::Tensor rate_of(const StepControl& control, const NamedOptimizer::GroupOptions& group,
+                          const at::Device& device, at::ScalarType type) {
+  if (!control.lr.defined()) {
+    return at::full({}, group.lr, at::TensorOptions(type).device(device));
+  }
+  const auto lr = control.lr.to(device, type);
+  return group.lr_scale == 1 ? lr : lr * group.lr_scale;
+}
+
 struct ComposedStep {
   at::Tensor lr, grad_scale, skip;  // scalars on the device; the last two may be undefined
 
@@ -130,9 +151,7 @@ struct ComposedStep {
     const auto scalar = [&](const at::Tensor& t) {
       return t.defined() ? t.to(parameter.device(), type) : at::Tensor();
     };
-    lr = control.lr.defined()
-             ? scalar(control.lr) * group.lr_scale
-             : at::full({}, group.lr, parameter.options().dtype(type).requires_grad(false));
+    lr = rate_of(control, group, parameter.device(), type);
     grad_scale = scalar(control.grad_scale);
     if (control.skip.defined()) skip = scalar(control.skip).ne(0);
   }
@@ -220,21 +239,40 @@ FusedSettings fused_settings(const StepControl& control, const NamedOptimizer::G
   const auto scalar = [&](const at::Tensor& t) {
     return t.defined() ? t.to(device, at::kFloat) : at::Tensor();
   };
-  FusedSettings s{.lr = scalar(control.lr),
-                  .grad_scale = scalar(control.grad_scale),
-                  .skip = scalar(control.skip),
-                  .beta1 = o.beta1,
-                  .beta2 = o.beta2,
-                  .eps = o.eps,
-                  .weight_decay = o.weight_decay,
-                  .stochastic_rounding = o.stochastic_rounding};
-  if (!s.lr.defined()) {
-    s.lr = at::full({}, group.lr, at::TensorOptions(at::kFloat).device(device));
-  } else if (group.lr_scale != 1) {
-    s.lr = s.lr * group.lr_scale;
-  }
-  return s;
+  return {.lr = rate_of(control, group, device, at::kFloat),
+          .grad_scale = scalar(control.grad_scale),
+          .skip = scalar(control.skip),
+          .beta1 = o.beta1,
+          .beta2 = o.beta2,
+          .eps = o.eps,
+          .weight_decay = o.weight_decay,
+          .stochastic_rounding = o.stochastic_rounding};
 }
+
+// A group's parameters that take a fused AdamW step, a launch for each kind.
+class FusedAdamWSteps {
+ public:
+  // False: it takes the composed step.
+  template <class Slot, class O>
+  bool take(const char* optimizer, const std::string& name, const at::Tensor& parameter,
+            const Slot& slot, const O& o, size_t index) {
+    const auto tensor = fused_tensor(parameter, slot, o, index);
+    const bool fused =
+        is_fused(optimizer, name, parameter, o.implementation, FusedSteps::takes(tensor));
+    if (fused) kinds_[kind_of(tensor)].push_back(tensor);
+    return fused;
+  }
+  // settings(device)
+  template <class F>
+  void step(FusedSteps& fused, const F& settings) const {
+    for (const auto& [kind, tensors] : kinds_) {
+      fused.adamw(tensors, settings(tensors[0].parameter.device()));
+    }
+  }
+
+ private:
+  std::map<FusedKind, std::vector<FusedTensor>> kinds_;
+};
 
 // At construction, so that no step finds it out.
 inline void check_basis(const char* optimizer, const std::string& name, const at::Tensor& parameter,

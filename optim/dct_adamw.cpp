@@ -15,8 +15,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr const char* kDefaults =
-    R"(lr = 1e-3               # base learning rate; a schedule multiplies it
+const std::string kDefaults =
+    std::string(
+        R"(lr = 1e-3               # base learning rate; a schedule multiplies it
 beta1 = 0.9             # decay of the first moment
 beta2 = 0.999           # decay of the second moment
 eps = 1e-8              # added to the root of the second moment
@@ -33,14 +34,9 @@ residual_scale = 1.0    # of the signs' step
 residual_type = "fp32"  # fp32 | bf16 | int8: in which ef is kept
 statistics = false      # log captured_energy, index_churn and residual_norm
 estimate_fresh_columns = true  # a new column's second moment begins with its mean square, not with 0
-project = true          # false: AdamW
-min_dim = 0             # matrices with a smaller side take AdamW; 0 = twice the rank
-max_dim = 32000         # so do those with a larger one
-state_dtype = "fp32"    # fp32 | bf16, rounded stochastically: in which moments are kept
-stochastic_rounding = true  # of bf16 parameters; false: to nearest
-seed = 0                # of that
-implementation = "auto"  # auto | fused | reference: fused refuses what the fused step does not take
-group = []              # tables: match = "*norm*", and what differs: lr_scale or any key above
+)") +
+    kProjectionDefaults +
+    R"(group = []              # tables: match = "*norm*", and what differs: lr_scale or any key above
 )";
 
 const std::vector<std::string> kResiduals = {"none", "ef", "sign", "fira"};
@@ -82,7 +78,6 @@ DctAdamWOptions from_options(const Options& options) {
 
 struct DctAdamW::Step : ComposedStep {
   const DctAdamWOptions& o;
-  Tensor& measured;  // where o.statistics asks for it and columns are chosen
 
   // a: of the new columns. m, v of the old ones -> of the new.
   void follow(const Slot& slot, const Tensor& indices, const Tensor& a, Tensor& m,
@@ -120,22 +115,18 @@ struct DctAdamW::Step : ComposedStep {
       g = g + (slot.transposed ? residual.t() : residual);
     }
     const bool adds = slot.pending.defined();
-    auto indices = adds ? slot.pending_indices : slot.indices;
-    const bool chooses = adds ? slot.pending_choice : slot.gradients++ % o.update_interval == 0;
-    if (chooses && !adds) {
-      indices = std::get<0>(dct_select(g, indices.size(0), Side::kRight, o.norm, o.basis));
-    }
+    const auto [indices, chooses] = adds ? slot.pending_columns : next_columns(slot, g, o);
     auto a = dct_project(g, indices, Side::kRight, o.basis);
     if (adds) a = a + scaled(std::exchange(slot.pending, Tensor()));
     if (chooses && !adds && o.statistics) {
       const auto kept = slot.indices.unsqueeze(1).eq(indices.unsqueeze(0)).any(0);
-      measured = at::stack({a.square().sum(), g.square().sum(),
-                            kept.logical_not().sum().to(a.scalar_type())})
-                     .to(at::kFloat);
+      const auto fresh = kept.logical_not().sum().to(a.scalar_type());
+      keep_measured(slot, at::stack({a.square().sum(), g.square().sum(), fresh}).to(at::kFloat),
+                    skip);
     }
     auto m = slot.exp_avg, v = slot.exp_avg_sq;
     if (chooses && o.rotate) follow(slot, indices, a, m, v);
-    const auto back = [&](const Tensor& low) {
+    const auto back = [&, indices = indices](const Tensor& low) {
       const auto full = dct_backproject(low, indices, n, Side::kRight, o.basis);
       return slot.transposed ? full.t() : full;
     };
@@ -183,6 +174,7 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
     const auto& o = settings_.back();
     for (const auto& parameter : group.params()) {
       auto& slot = slots_[index_of(parameter)];
+      slot.group = settings_.size() - 1;
       const auto fresh = parameter.options().requires_grad(false).dtype(
           state_type("dct_adamw", name_of(parameter), parameter, o.state_dtype));
       const auto projection = projection_of("dct_adamw", name_of(parameter), parameter, o);
@@ -220,12 +212,6 @@ struct DctAdamW::Alike {
 
 void DctAdamW::update(const StepControl& control) {
   const at::NoGradGuard no_grad;
-  const auto put_measured = [&](Slot& slot, const Tensor& measured) {
-    const auto old = slot.measured.defined() ? slot.measured : at::zeros_like(measured);
-    slot.measured = control.skip.defined()
-                        ? at::where(control.skip.to(measured.device()).ne(0), old, measured)
-                        : measured;
-  };
   for (size_t g = 0; g < param_groups().size(); ++g) {
     const auto& o = settings_[g];
     const auto& group = static_cast<const GroupOptions&>(param_groups()[g].options());
@@ -253,11 +239,8 @@ void DctAdamW::update(const StepControl& control) {
         fused[alike].second.push_back(&slot);
         continue;
       }
-      Tensor measured;
-      const Step step{
-          {control, group, parameter, step_type("dct_adamw", name, parameter)}, o, measured};
-      step(parameter, slot, index);
-      if (measured.defined()) put_measured(slot, measured);
+      Step{{control, group, parameter, step_type("dct_adamw", name, parameter)}, o}(parameter, slot,
+                                                                                    index);
     }
     for (const auto& [alike, batch] : fused) {
       const auto& [tensors, slots] = batch;
@@ -276,7 +259,7 @@ void DctAdamW::update(const StepControl& control) {
                                              .measures = o.statistics},
                                             settings);
       for (size_t i = 0; measured.defined() && i < tensors.size(); ++i) {
-        put_measured(*slots[i], measured[static_cast<int64_t>(i)]);
+        keep_measured(*slots[i], measured[static_cast<int64_t>(i)], settings.skip);
       }
     }
   }
@@ -289,32 +272,30 @@ bool DctAdamW::accumulate(const Tensor& parameter) {
   if (!slot.indices.defined() || !has_gradient("dct_adamw", name, parameter, slot.exp_avg)) {
     return false;
   }
-  const auto& o = settings_of(parameter);
+  const auto& o = settings_[slot.group];
   OUNCE_CHECK(o.residual == Residual::kNone, "[dct_adamw] '", name,
               "': expected residual = none where projected gradients are accumulated, got ",
               kResiduals[static_cast<size_t>(o.residual)]);
   auto g = as_matrix(parameter.grad()).to(step_type("dct_adamw", name, parameter));
   if (slot.transposed) g = g.t();
-  if (!slot.pending.defined()) {
-    slot.pending_choice = slot.gradients++ % o.update_interval == 0;
-    slot.pending_indices =
-        slot.pending_choice
-            ? std::get<0>(dct_select(g, slot.indices.size(0), Side::kRight, o.norm, o.basis))
-            : slot.indices.clone();
-    slot.pending = dct_project(g, slot.pending_indices, Side::kRight, o.basis);
-  } else {
-    slot.pending += dct_project(g, slot.pending_indices, Side::kRight, o.basis);
-  }
+  const bool first = !slot.pending.defined();
+  if (first) slot.pending_columns = next_columns(slot, g, o);
+  const auto a = dct_project(g, slot.pending_columns.indices, Side::kRight, o.basis);
+  slot.pending = first ? a : slot.pending + a;
   return true;
 }
 
-const DctAdamWOptions& DctAdamW::settings_of(const Tensor& parameter) const {
-  for (size_t g = 0; g < param_groups().size(); ++g) {
-    for (const auto& candidate : param_groups()[g].params()) {
-      if (candidate.is_same(parameter)) return settings_[g];
-    }
-  }
-  fail(Fault::kUsage, "[dct_adamw] '", name_of(parameter), "' is in no group");
+// g: with the projected side last.
+DctAdamW::Columns DctAdamW::next_columns(Slot& slot, const Tensor& g, const DctAdamWOptions& o) {
+  if (slot.gradients++ % o.update_interval != 0) return {slot.indices, false};
+  const auto rank = slot.indices.size(0);
+  return {std::get<0>(dct_select(g, rank, Side::kRight, o.norm, o.basis)), true};
+}
+
+// Unless `skip`, which may be undefined.
+void DctAdamW::keep_measured(Slot& slot, const Tensor& measured, const Tensor& skip) {
+  const auto old = slot.measured.defined() ? slot.measured : at::zeros_like(measured);
+  slot.measured = skip.defined() ? at::where(skip.ne(0), old, measured) : measured;
 }
 
 NamedOptimizer::Statistics DctAdamW::statistics() const {
@@ -363,7 +344,7 @@ void DctAdamW::visit_state(StateVisitor& visitor) {
 
 void register_dct_adamw() {
   add_optimizer<DctAdamW>("dct_adamw", "AdamW in the DCT columns that hold most of each gradient",
-                          kDefaults, from_options);
+                          kDefaults.c_str(), from_options);
 }
 
 }  // namespace ounce::optim

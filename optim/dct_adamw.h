@@ -107,20 +107,27 @@ class DctAdamW : public NamedOptimizer {
   void update(const StepControl& control) override;
 
  private:
+  // Of a gradient's projection.
+  struct Columns {
+    at::Tensor indices;
+    bool chosen = false;  // for it
+  };
   struct Slot {
+    size_t group = 0;
     at::Tensor step, exp_avg, exp_avg_sq;
     at::Tensor indices;                                   // undefined where not projected
     at::Tensor residual, residual_scales, residual_norm;  // undefined without those modes
     int64_t gradients = 0;                                // so many have come
-    at::Tensor pending, pending_indices;                  // accumulated projections, or undefined
-    bool pending_choice = false;                          // columns were chosen for them
+    at::Tensor pending;                                   // accumulated projections, or undefined
+    Columns pending_columns;                              // that they are of
     at::Tensor measured;      // fp32 [3]: square sums held and in all, new columns; or undefined
     bool transposed = false;  // the projected side is the rows
   };
   struct Step;  // what one composed step does to one parameter
   struct Alike;
   static bool takes(const FusedTensor& tensor, const Slot& slot, const DctAdamWOptions& options);
-  const DctAdamWOptions& settings_of(const at::Tensor& parameter) const;
+  static Columns next_columns(Slot& slot, const at::Tensor& g, const DctAdamWOptions& options);
+  static void keep_measured(Slot& slot, const at::Tensor& measured, const at::Tensor& skip);
 
   std::vector<Slot> slots_;                // as parameters()
   std::vector<DctAdamWOptions> settings_;  // as param_groups()

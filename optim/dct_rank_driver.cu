@@ -16,27 +16,14 @@
 #include <thread>
 #include <vector>
 
+#include <ounce/kernels/common/driver.h>
 #include <ounce/optim/dct_rank_kernels.h>
 
 using namespace ounce::optim;
+using ounce::driver::allocate;
 
 namespace {
 
-#define CHECK(call)                                                    \
-  do {                                                                 \
-    const auto status_ = (call);                                       \
-    if (status_ != 0) {                                                \
-      std::printf("%s: error %d\n", #call, static_cast<int>(status_)); \
-      std::exit(1);                                                    \
-    }                                                                  \
-  } while (0)
-
-template <class T>
-T* allocate(int64_t count) {
-  void* memory = nullptr;
-  CHECK(cudaMalloc(&memory, std::max<int64_t>(count, 1) * sizeof(T)));
-  return static_cast<T*>(memory);
-}
 template <class T>
 T* upload(const std::vector<T>& from) {
   T* to = allocate<T>(from.size());

@@ -5,7 +5,6 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <map>
 #include <optional>
 
 namespace ounce::optim {
@@ -128,26 +127,21 @@ std::vector<FusedAdamW::Lists> FusedAdamW::gather(
 void FusedAdamW::update_rounded(size_t group, const StepControl& control) {
   const auto& o = settings_[group];
   const auto& options = static_cast<const GroupOptions&>(param_groups()[group].options());
-  std::map<FusedKind, std::vector<FusedTensor>> fused;
+  FusedAdamWSteps fused;
   for (const auto& parameter : param_groups()[group].params()) {
     const auto index = index_of(parameter);
     auto& slot = slots_[index];
     const auto& name = name_of(parameter);
     if (!is_rounded(parameter, slot.exp_avg)) continue;
     if (!has_gradient("adamw", name, parameter, slot.exp_avg)) continue;
-    const auto tensor = fused_tensor(parameter, slot, o, index);
-    if (is_fused("adamw", name, parameter, o.implementation, FusedSteps::takes(tensor))) {
-      fused[kind_of(tensor)].push_back(tensor);
-      continue;
-    }
+    if (fused.take("adamw", name, parameter, slot, o, index)) continue;
     const ComposedStep step(control, options, parameter, step_type("adamw", name, parameter));
     const auto direction =
         step.adam(slot, slot.exp_avg, slot.exp_avg_sq, step.scaled(parameter.grad()), o, index);
     step.move(parameter.detach(), direction, o, slot.step, index);
   }
-  for (const auto& [key, tensors] : fused) {
-    fused_.adamw(tensors, fused_settings(control, options, o, tensors[0].parameter.device()));
-  }
+  fused.step(fused_,
+             [&](const at::Device& device) { return fused_settings(control, options, o, device); });
 }
 
 void FusedAdamW::update(const StepControl& control) {

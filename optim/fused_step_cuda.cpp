@@ -252,12 +252,7 @@ Tensor measure(const Choice& choice, const FusedSettings& s) {
 Tensor low_rank_batch(FusedSteps::Impl& impl, const std::vector<FusedTensor>& tensors,
                       const FusedLowRank& how, const FusedSettings& s) {
   const auto& first = tensors[0].parameter;
-  const auto rows = first.size(0);
-  const LowRankShape shape = {.rows = rows,
-                              .columns = first.numel() / rows,
-                              .right = !how.transposed,
-                              .rank = static_cast<int>(tensors[0].indices.size(0)),
-                              .count = static_cast<int>(tensors.size())};
+  const auto shape = shape_of(first, how.transposed, tensors[0].indices.size(0), tensors.size());
   std::vector<Tensor> parameters, gradients, indices, steps;
   std::vector<uint64_t> seeds;
   for (const auto& t : tensors) {
@@ -278,12 +273,7 @@ Tensor low_rank_batch(FusedSteps::Impl& impl, const std::vector<FusedTensor>& te
   }
   impl.gather(shape, how.basis, choice);
   const auto u = project_adam(impl, shape, tensors, how, s, choice);
-  impl.backproject(
-      shape, parameters, u, choice.q, steps, seeds,
-      {.weight_decay = static_cast<float>(s.weight_decay),
-       .lr = s.lr,
-       .skip = s.skip,
-       .rounding = s.stochastic_rounding ? Rounding::kStochastic : Rounding::kNearest});
+  impl.backproject(shape, parameters, u, choice.q, steps, seeds, FusedSteps::Impl::step_of(s, 1));
   impl.count(steps, s.skip);
   return measured;
 }

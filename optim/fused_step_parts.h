@@ -108,6 +108,15 @@ struct Choice {
   Tensor q;                // [count, rank, n] bf16
 };
 
+// Of matrices like `first`.
+inline LowRankShape shape_of(const Tensor& first, bool transposed, int64_t rank, size_t count) {
+  return {.rows = first.size(0),
+          .columns = first.numel() / first.size(0),
+          .right = !transposed,
+          .rank = static_cast<int>(rank),
+          .count = static_cast<int>(count)};
+}
+
 // Whether a matrix of this shape has a fused ranking and projection.
 inline bool projects(const Tensor& parameter, Basis basis, bool transposed, int64_t rank) {
   if (basis != Basis::kDct2 && basis != Basis::kIdentity) return false;
@@ -140,6 +149,14 @@ struct FusedSteps::Impl {
     Tensor lr, skip;
     Rounding rounding = Rounding::kNearest;
   };
+  // Of parameters.
+  static Update step_of(const FusedSettings& s, double factor) {
+    return {.weight_decay = static_cast<float>(s.weight_decay),
+            .factor = static_cast<float>(factor),
+            .lr = s.lr,
+            .skip = s.skip,
+            .rounding = s.stochastic_rounding ? Rounding::kStochastic : Rounding::kNearest};
+  }
   // seeds, steps: of each.
   void backproject(const LowRankShape& shape, const std::vector<Tensor>& parameters,
                    const Tensor& u, const Tensor& q, const std::vector<Tensor>& steps,

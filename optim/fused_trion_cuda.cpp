@@ -131,12 +131,7 @@ Tensor project_all(Impl& impl, const LowRankShape& shape, const std::vector<Tens
 void low_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, const FusedTrion& how,
                    const FusedSettings& s) {
   const auto& first = matrices[0].parameter;
-  const auto rows = first.size(0);
-  const LowRankShape shape = {.rows = rows,
-                              .columns = first.numel() / rows,
-                              .right = !how.transposed,
-                              .rank = static_cast<int>(how.rank),
-                              .count = static_cast<int>(matrices.size())};
+  const auto shape = shape_of(first, how.transposed, how.rank, matrices.size());
   std::vector<Tensor> parameters, momenta, steps;
   std::vector<uint64_t> seeds, momentum_seeds;
   for (const auto& m : matrices) {
@@ -156,13 +151,7 @@ void low_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, const
                     .skip = s.skip,
                     .rounding = Rounding::kStochastic});
   const auto u = newton_schulz(b, how.ns_steps, how.iteration);
-  impl.backproject(
-      shape, parameters, u, choice.q, steps, seeds,
-      {.weight_decay = static_cast<float>(s.weight_decay),
-       .factor = static_cast<float>(how.factor),
-       .lr = s.lr,
-       .skip = s.skip,
-       .rounding = s.stochastic_rounding ? Rounding::kStochastic : Rounding::kNearest});
+  impl.backproject(shape, parameters, u, choice.q, steps, seeds, Impl::step_of(s, how.factor));
 }
 
 }  // namespace

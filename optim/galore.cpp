@@ -12,8 +12,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr const char* kDefaults =
-    R"(lr = 0.01               # base learning rate; a schedule multiplies it
+const std::string kDefaults =
+    std::string(
+        R"(lr = 0.01               # base learning rate; a schedule multiplies it
 beta1 = 0.9             # decay of the first moment
 beta2 = 0.999           # decay of the second moment
 eps = 1e-8              # added to the root of the second moment
@@ -24,14 +25,9 @@ update_interval = 200   # gradients between choices of the subspace
 scale = 0.25            # of the projected step
 subspace = "svd"        # svd | randomized: how the singular vectors are found
 side = "auto"           # auto | left | right: which side is projected
-project = true          # false: AdamW
-min_dim = 0             # matrices with a smaller side take AdamW; 0 = twice the rank
-max_dim = 32000         # so do those with a larger one
-state_dtype = "fp32"    # fp32 | bf16, rounded stochastically: in which moments are kept
-stochastic_rounding = true  # of bf16 parameters; false: to nearest
-seed = 0                # of that
-implementation = "auto"  # auto | fused | reference: fused refuses what the fused step does not take
-group = []              # tables: match = "*norm*", and what differs: lr_scale or any key above
+)") +
+    kProjectionDefaults +
+    R"(group = []              # tables: match = "*norm*", and what differs: lr_scale or any key above
 )";
 
 const std::vector<std::string> kSubspaces = {"svd", "randomized"};
@@ -99,15 +95,13 @@ void GaLore::update(const StepControl& control) {
   for (size_t i = 0; i < param_groups().size(); ++i) {
     const auto& o = settings_[i];
     const auto& group = static_cast<const GroupOptions&>(param_groups()[i].options());
-    std::map<FusedKind, std::vector<FusedTensor>> fused;
+    FusedAdamWSteps fused;
     for (const auto& parameter : param_groups()[i].params()) {
       const auto index = index_of(parameter);
       auto& slot = slots_[index];
       if (!has_gradient("galore", name_of(parameter), parameter, slot.exp_avg)) continue;
-      const auto tensor = fused_tensor(parameter, slot, o, index);
-      if (!slot.basis.defined() && is_fused("galore", name_of(parameter), parameter,
-                                            o.implementation, FusedSteps::takes(tensor))) {
-        fused[kind_of(tensor)].push_back(tensor);
+      if (!slot.basis.defined() &&
+          fused.take("galore", name_of(parameter), parameter, slot, o, index)) {
         continue;
       }
       const ComposedStep step(control, group, parameter,
@@ -132,9 +126,8 @@ void GaLore::update(const StepControl& control) {
                 (slot.transposed ? direction.t() : direction).reshape(parameter.sizes()), o,
                 slot.step, index);
     }
-    for (const auto& [kind, tensors] : fused) {
-      fused_.adamw(tensors, fused_settings(control, group, o, tensors[0].parameter.device()));
-    }
+    fused.step(fused_,
+               [&](const at::Device& device) { return fused_settings(control, group, o, device); });
   }
 }
 
@@ -154,7 +147,7 @@ void GaLore::visit_state(StateVisitor& visitor) {
 
 void register_galore() {
   add_optimizer<GaLore>("galore", "AdamW in the leading singular vectors of each gradient",
-                        kDefaults, from_options);
+                        kDefaults.c_str(), from_options);
 }
 
 }  // namespace ounce::optim

@@ -14,30 +14,16 @@
 #include <string>
 #include <vector>
 
+#include <ounce/kernels/common/driver.h>
 #include <ounce/optim/lowrank_kernels.h>
 
 using namespace ounce::optim;
+using ounce::driver::allocate;
 
 namespace {
 
-#define CHECK(call)                                                                          \
-  do {                                                                                       \
-    const auto status_ = (call);                                                             \
-    if (status_ != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(status_)); \
-      std::exit(1);                                                                          \
-    }                                                                                        \
-  } while (0)
-
 using bf16 = __nv_bfloat16;
 bool failed = false;
-
-template <class T>
-T* allocate(int64_t count) {
-  void* memory = nullptr;
-  CHECK(cudaMalloc(&memory, std::max<int64_t>(count, 1) * sizeof(T)));
-  return static_cast<T*>(memory);
-}
 
 __host__ __device__ float noise(uint64_t i, uint64_t seed) {  // N(0, 1)
   const auto mix = [](uint64_t x) {

@@ -14,8 +14,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr const char* kMomentumDefaults =
-    R"(momentum = 0.95         # decay of the momentum
+const std::string kMomentumDefaults =
+    std::string(
+        R"(momentum = 0.95         # decay of the momentum
 weight_decay = 0.01     # decoupled; norms, biases and embeddings take 0 unless a group says otherwise
 iteration = "quintic"   # quintic | polar_express | gram: how the momentum is orthonormalised
 ns_steps = 5            # of it
@@ -28,11 +29,9 @@ adamw_lr = 3e-4         # theirs; the schedule multiplies it too
 beta1 = 0.9
 beta2 = 0.95
 eps = 1e-8
-state_dtype = "fp32"    # fp32 | bf16, rounded stochastically: in which moments are kept
-stochastic_rounding = true  # of bf16 parameters; false: to nearest
-seed = 0                # of that
-implementation = "auto"  # auto | fused | reference: fused refuses what the fused step does not take
-group = []              # tables: match = "*qkv*", and what differs: lr_scale or any key above
+)") +
+    kRoundingDefaults +
+    R"(group = []              # tables: match = "*qkv*", and what differs: lr_scale or any key above
 )";
 const std::string kTrionDefaults =
     std::string(R"(lr = 0.01               # base learning rate; a schedule multiplies it
@@ -298,7 +297,7 @@ void Trion::update_group(size_t g, const StepControl& control,
   const auto& o = settings_[g];
   const auto& group = static_cast<const GroupOptions&>(param_groups()[g].options());
   const double factor = lr_ > 0 ? o.adamw_lr / lr_ : 1;
-  std::map<FusedKind, std::vector<FusedTensor>> fused;
+  FusedAdamWSteps fused;
   std::map<std::string, std::vector<Tensor>> counts;  // by device
   for (const auto& parameter : param_groups()[g].params()) {
     const auto index = index_of(parameter);
@@ -309,13 +308,7 @@ void Trion::update_group(size_t g, const StepControl& control,
       counts[parameter.device().str()].push_back(slot.step);
       continue;
     }
-    if (!slot.momentum.defined()) {
-      const auto tensor = fused_tensor(parameter, slot, o, index);
-      if (is_fused(name_, name, parameter, o.implementation, FusedSteps::takes(tensor))) {
-        fused[kind_of(tensor)].push_back(tensor);
-        continue;
-      }
-    }
+    if (!slot.momentum.defined() && fused.take(name_, name, parameter, slot, o, index)) continue;
     ComposedStep step(control, group, parameter, step_type(name_, name, parameter));
     if (slot.momentum.defined()) {
       step.assign(slot.step, slot.step + 1);
@@ -329,11 +322,11 @@ void Trion::update_group(size_t g, const StepControl& control,
   for (const auto& [device, steps] : counts) {
     fused_.count(steps, fused_settings(control, group, o, steps[0].device()));
   }
-  for (const auto& [kind, tensors] : fused) {
-    auto settings = fused_settings(control, group, o, tensors[0].parameter.device());
+  fused.step(fused_, [&](const at::Device& device) {
+    auto settings = fused_settings(control, group, o, device);
     settings.lr = settings.lr * factor;
-    fused_.adamw(tensors, settings);
-  }
+    return settings;
+  });
 }
 
 // Steps what can be fused; what is left.

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 #include <ounce/kernels/cce/cce_filter.h>
 #include <ounce/kernels/cce/cce_rows.h>
+#include <ounce/kernels/common/driver.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,24 +17,9 @@
 #include <vector>
 
 using namespace ounce::cce;
+using ounce::driver::allocate;
 
 namespace {
-
-#define CHECK(call)                                                    \
-  do {                                                                 \
-    const auto status_ = (call);                                       \
-    if (status_ != 0) {                                                \
-      std::printf("%s: error %d\n", #call, static_cast<int>(status_)); \
-      std::exit(1);                                                    \
-    }                                                                  \
-  } while (0)
-
-template <class T>
-T* allocate(int64_t count) {
-  void* memory = nullptr;
-  CHECK(cudaMalloc(&memory, std::max<int64_t>(count, 1) * sizeof(T)));
-  return static_cast<T*>(memory);
-}
 
 __device__ float noise(uint64_t i, uint64_t seed) {  // N(0, 1)
   const auto mix = [](uint64_t x) {

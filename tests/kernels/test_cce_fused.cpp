@@ -11,8 +11,7 @@ using namespace cce_test;
 using test::rms_error;
 
 class CceFused : public OnFused {};
-INSTANTIATE_TEST_SUITE_P(, CceFused, testing::Values(at::kCUDA),
-                         [](const auto&) { return "cuda"; });
+OUNCE_ON_GPU(CceFused);
 
 TEST_P(CceFused, EqualsComposedOnRaggedShapes) {
   auto shapes = cce_test::kRaggedShapes;

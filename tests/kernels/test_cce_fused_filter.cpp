@@ -11,8 +11,7 @@ using namespace cce_test;
 using test::rms_error;
 
 class CceFusedFilter : public OnFused {};
-INSTANTIATE_TEST_SUITE_P(, CceFusedFilter, testing::Values(at::kCUDA),
-                         [](const auto&) { return "cuda"; });
+OUNCE_ON_GPU(CceFusedFilter);
 
 // Each group of 128 tokens finds some tiles of the vocabulary likely, and the others e^-6 as much.
 // One target in fifty is anywhere.

@@ -11,8 +11,7 @@ using namespace cce_test;
 using test::rms_error;
 
 class CceFusedMemory : public OnFused {};
-INSTANTIATE_TEST_SUITE_P(, CceFusedMemory, testing::Values(at::kCUDA),
-                         [](const auto&) { return "cuda"; });
+OUNCE_ON_GPU(CceFusedMemory);
 
 // In fp32, over slabs, of a D that is aligned and one that is not.
 TEST_P(CceFusedMemory, MainGradIsNotRounded) {

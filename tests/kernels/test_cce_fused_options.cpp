@@ -14,8 +14,7 @@ using namespace cce_test;
 using test::rms_error;
 
 class CceFusedOptions : public OnFused {};
-INSTANTIATE_TEST_SUITE_P(, CceFusedOptions, testing::Values(at::kCUDA),
-                         [](const auto&) { return "cuda"; });
+OUNCE_ON_GPU(CceFusedOptions);
 
 constexpr at::ScalarType kTypes[] = {at::kBFloat16, at::kHalf};
 // Of the upstreams: what makes gradients normal numbers in fp16.

@@ -25,8 +25,7 @@ class FusedStep : public ounce::test::OnDevice {
  protected:
   Tensor scalar(double x) const { return torch::full({}, x, torch::device(device())); }
 };
-INSTANTIATE_TEST_SUITE_P(, FusedStep, testing::Values(at::kCUDA),
-                         [](const auto&) { return "cuda"; });
+OUNCE_ON_GPU(FusedStep);
 
 // Gradients whose columns, in the basis, differ by much and drift: no choice of them is close.
 Tensor gradient_of(const Tensor& p, int64_t step) {

@@ -26,6 +26,10 @@ class OnDevice : public testing::TestWithParam<at::DeviceType> {
 
 }  // namespace ounce::test
 
+#define OUNCE_ON_GPU(suite)                                       \
+  INSTANTIATE_TEST_SUITE_P(, suite, ::testing::Values(at::kCUDA), \
+                           [](const auto&) { return "cuda"; })
+
 #define OUNCE_ON_EACH_DEVICE(suite)                                                        \
   INSTANTIATE_TEST_SUITE_P(, suite, ::testing::Values(at::kCPU, at::kCUDA),                \
                            [](const ::testing::TestParamInfo<at::DeviceType>& info) {      \
