@@ -66,7 +66,9 @@ at::Tensor dct_backproject(const at::Tensor& a, const at::Tensor& indices, int64
                            Basis basis);
 
 // U V^T, nearly, of x = U S V^T, [..., R, C]; each matrix on its own; 0 stays 0. bf16 matrices on a
-// GPU are multiplied in bf16, but for kGram.
-at::Tensor newton_schulz(const at::Tensor& x, int64_t steps, Iteration kind);
+// GPU are multiplied in fp16 once they are scaled, nearer to fp32 than bf16 would be, and there
+// those of two steps and of every three go together by their Gram matrices where these are much
+// smaller or kGram asks for it. Whoever moves x in lets its memory go when it is no longer read.
+at::Tensor newton_schulz(at::Tensor x, int64_t steps, Iteration kind);
 
 }  // namespace ounce::optim

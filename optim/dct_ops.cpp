@@ -3,6 +3,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ounce/core/check.h>
 #include <ounce/optim/dct.h>
+#include <ounce/optim/product.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -162,29 +163,57 @@ constexpr double kSmallestNorm = 1e-15;
 // Keeps rounding from pushing a singular value over 1, where the polynomials grow.
 constexpr double kRoom = 1.01;
 
+// Of Polar Express all but the last polynomial leave that room once more: in bf16 a value over 1
+// would leap.
 Quintic step_of(Iteration kind, int64_t step) {
   if (kind != Iteration::kPolarExpress) return kMuon;
-  return kPolarExpress[std::min<size_t>(static_cast<size_t>(step), kPolarExpress.size() - 1)];
+  const auto last = kPolarExpress.size() - 1, index = std::min(static_cast<size_t>(step), last);
+  const auto& q = kPolarExpress[index];
+  if (index == last) return q;
+  return {q.a / kRoom, q.b / std::pow(kRoom, 3), q.c / std::pow(kRoom, 5)};
 }
 
-// a I + b m + c m^2. The addition of at::baddbmm would cost a copy of m.
+Tensor product_of(const Product& p) {
+  if (auto fused = fused_product(p); fused.defined()) return fused;
+  auto sum = p.c.defined() ? at::baddbmm(p.c, p.a, p.b, p.beta, p.alpha) : at::bmm(p.a, p.b);
+  if (p.diagonal != 0) sum.diagonal(0, -2, -1).add_(p.diagonal);
+  return sum.to(p.type.value_or(sum.scalar_type()));
+}
+
+// The rows of a symmetric second factor are read as its columns.
+Tensor symmetric_product(const Tensor& a, const Tensor& b) {
+  return product_of({.a = a, .b = b.mT(), .symmetric = true});
+}
+
+// a I + b m + c m^2 of symmetric m
 Tensor polynomial(const Quintic& q, const Tensor& m) {
-  auto factor = m * q.c;
-  factor.diagonal(0, -2, -1).add_(q.b);
-  auto out = at::bmm(m, factor);
-  out.diagonal(0, -2, -1).add_(q.a);
-  return out;
+  return product_of(
+      {.a = m, .b = m.mT(), .c = m, .alpha = q.c, .beta = q.b, .diagonal = q.a, .symmetric = true});
 }
 
 // The Gram matrices [batch, n, n] of the smaller side of y, and y multiplied by others there.
 struct SmallerSide {
   bool tall;
 
-  Tensor gram(const Tensor& y) const { return tall ? at::bmm(y.mT(), y) : at::bmm(y, y.mT()); }
-  Tensor apply(const Tensor& p, const Tensor& y) const {
-    return tall ? at::bmm(y, p) : at::bmm(p, y);
+  Tensor gram(const Tensor& y) const {
+    const auto t = y.mT();
+    return product_of({.a = tall ? t : y, .b = tall ? y : t, .symmetric = true});
+  }
+  Tensor apply(const Tensor& p, const Tensor& y, at::ScalarType type) const {
+    return product_of({.a = tall ? y : p, .b = tall ? p.mT() : y, .type = type});
   }
 };
+
+// How many steps from `done` on go by the Gram matrices alone, y being multiplied once. They stray,
+// the more so while singular values are far apart; in fp16 two steps, then three, stay nearer to
+// the iteration than bf16 does step by step.
+int64_t steps_together(Iteration kind, bool half, const Tensor& y, int64_t done, int64_t steps) {
+  const auto left = steps - done;
+  if (!half) return kind == Iteration::kGram ? left : 1;
+  const auto n = std::min(y.size(-2), y.size(-1)), longer = std::max(y.size(-2), y.size(-1));
+  if (kind != Iteration::kGram && 2 * longer <= 3 * n) return 1;  // they would be no fewer products
+  return std::min<int64_t>(left, done == 0 ? 2 : 3);
+}
 
 }  // namespace
 
@@ -240,33 +269,43 @@ Tensor dct_backproject(const Tensor& a, const Tensor& indices, int64_t n, Side s
   return side == Side::kRight ? g : g.t().contiguous();
 }
 
-Tensor newton_schulz(const Tensor& x, int64_t steps, Iteration kind) {
+Tensor newton_schulz(Tensor x, int64_t steps, Iteration kind) {
   OUNCE_CHECK(x.dim() >= 2 && x.is_floating_point(),
               "[newton_schulz] expected floating matrices [..., R, C], got ", x.scalar_type(), " ",
               x.sizes());
   OUNCE_CHECK(steps >= 0, "[newton_schulz] expected steps >= 0, got ", steps);
   const SmallerSide side{x.size(-2) > x.size(-1)};
-  // A GPU multiplies bf16 and sums in fp32. The Gram matrices of the whole iteration need more.
-  const bool bf16 = x.is_cuda() && x.scalar_type() == at::kBFloat16 && kind != Iteration::kGram;
-  auto y = x.reshape({-1, x.size(-2), x.size(-1)}).to(bf16 ? at::kBFloat16 : compute_type(x));
-  auto norm = at::linalg_vector_norm(y, 2, {-2, -1}, /*keepdim=*/true, compute_type(x));
+  const auto sizes = x.sizes().vec();
+  const auto result = x.scalar_type(), wide = compute_type(x);
+  // A GPU multiplies fp16, in which everything here has a place once it is scaled, and sums in
+  // fp32.
+  const bool half = x.is_cuda() && result == at::kBFloat16;
+  const auto type = half ? at::kHalf : wide;
+  x = x.reshape({-1, x.size(-2), x.size(-1)}).to(half ? result : wide);
+  // The trace is the square of the norm.
+  auto gram = side.gram(x);
+  auto norm = gram.diagonal(0, -2, -1).to(wide).sum(-1).sqrt();
   if (kind == Iteration::kPolarExpress) norm *= kRoom;
-  y = y * norm.clamp_min(kSmallestNorm).reciprocal().to(y.scalar_type());
-  if (kind == Iteration::kGram) {
-    auto gram = side.gram(y);
+  const auto scale = norm.clamp_min(kSmallestNorm).reciprocal().view({-1, 1, 1});
+  const auto scaled = [&](const Tensor& matrices, const Tensor& factor) {
+    auto out = at::empty(matrices.sizes(), matrices.options().dtype(type));
+    return at::mul_out(out, matrices, factor);
+  };
+  gram = scaled(gram, scale.square());
+  auto y = scaled(x, scale);
+  x.reset();
+  for (int64_t step = 0; step < steps;) {
+    if (step > 0) gram = side.gram(y);
     Tensor factor;
-    for (int64_t step = 0; step < steps; ++step) {
-      const auto p = polynomial(kMuon, gram);
-      factor = factor.defined() ? at::bmm(p, factor) : p;
-      if (step + 1 < steps) gram = at::bmm(at::bmm(p, gram), p);
+    for (auto left = steps_together(kind, half, y, step, steps); left > 0; --left, ++step) {
+      const auto p = polynomial(step_of(kind, step), gram);
+      factor = factor.defined() ? symmetric_product(factor, p) : p;
+      if (left > 1) gram = symmetric_product(symmetric_product(p, gram), p);
     }
-    if (factor.defined()) y = side.apply(factor, y);
-  } else {
-    for (int64_t step = 0; step < steps; ++step) {
-      y = side.apply(polynomial(step_of(kind, step), side.gram(y)), y);
-    }
+    gram.reset();
+    y = side.apply(factor, y, step < steps ? type : result);
   }
-  return y.to(x.scalar_type()).view(x.sizes());
+  return y.to(result).view(sizes);
 }
 
 // --- the dispatcher

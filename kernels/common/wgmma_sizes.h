@@ -41,24 +41,34 @@ using Fragment = uint32_t[4];
 // clang-format on
 
 // `a`, `b`, `add`, `ta`, `tb`: the numbers of the operands after D's.
-#define OUNCE_WGMMA(n, places, a, b, add, ta, tb)                                        \
-  "{\n.reg .pred add;\nsetp.ne.b32 add, %" #add                                          \
-  ", 0;\n"                                                                               \
-  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" places "}, %" #a ", %" #b \
+#define OUNCE_WGMMA_OF(type, n, places, a, b, add, ta, tb)                                       \
+  "{\n.reg .pred add;\nsetp.ne.b32 add, %" #add                                                  \
+  ", 0;\n"                                                                                       \
+  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" places "}, %" #a ", %" #b \
   ", add, 1, 1, %" #ta ", %" #tb ";\n}"
+#define OUNCE_WGMMA(n, places, a, b, add, ta, tb) \
+  OUNCE_WGMMA_OF("bf16", n, places, a, b, add, ta, tb)
 
-// bf16. `add` = 0 overwrites D.
+// bf16, or of N = 128 fp16 (`half`). `add` = 0 overwrites D.
 template <bool a_is_transposed = false, bool b_is_transposed = false>
 __device__ inline void multiply(float (&d)[32], uint64_t a, uint64_t b, int add) {
   asm volatile(OUNCE_WGMMA(64, OUNCE_WGMMA_PLACES0, 32, 33, 34, 35, 36)
                : OUNCE_WGMMA_D32(0)
                : "l"(a), "l"(b), "r"(add), "n"(int{a_is_transposed}), "n"(int{b_is_transposed}));
 }
-template <bool a_is_transposed = false, bool b_is_transposed = false>
+template <bool a_is_transposed = false, bool b_is_transposed = false, bool half = false>
 __device__ inline void multiply(float (&d)[64], uint64_t a, uint64_t b, int add) {
-  asm volatile(OUNCE_WGMMA(128, OUNCE_WGMMA_PLACES0 ", " OUNCE_WGMMA_PLACES32, 64, 65, 66, 67, 68)
-               : OUNCE_WGMMA_D32(0), OUNCE_WGMMA_D32(32)
-               : "l"(a), "l"(b), "r"(add), "n"(int{a_is_transposed}), "n"(int{b_is_transposed}));
+#define OUNCE_MULTIPLY(type)                                                                       \
+  asm volatile(                                                                                    \
+      OUNCE_WGMMA_OF(type, 128, OUNCE_WGMMA_PLACES0 ", " OUNCE_WGMMA_PLACES32, 64, 65, 66, 67, 68) \
+      : OUNCE_WGMMA_D32(0), OUNCE_WGMMA_D32(32)                                                    \
+      : "l"(a), "l"(b), "r"(add), "n"(int{a_is_transposed}), "n"(int{b_is_transposed}))
+  if constexpr (half) {
+    OUNCE_MULTIPLY("f16");
+  } else {
+    OUNCE_MULTIPLY("bf16");
+  }
+#undef OUNCE_MULTIPLY
 }
 template <bool a_is_transposed = false, bool b_is_transposed = false>
 __device__ inline void multiply(float (&d)[128], uint64_t a, uint64_t b, int add) {
@@ -81,6 +91,7 @@ __device__ inline void multiply(float (&d)[32], const Fragment& a, uint64_t b, i
 }
 
 #undef OUNCE_WGMMA
+#undef OUNCE_WGMMA_OF
 #undef OUNCE_WGMMA_PLACES0
 #undef OUNCE_WGMMA_PLACES32
 #undef OUNCE_WGMMA_PLACES64
