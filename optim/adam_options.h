@@ -14,7 +14,16 @@
 
 namespace ounce::optim {
 
-// Of all groups: lr, which is checked here, beta1, beta2, eps and weight_decay.
+// The value whose name stands at its place in `names`.
+template <class E>
+E choice_of(const Options& options, const char* key, const std::vector<std::string>& names) {
+  const auto found = std::find(names.begin(), names.end(), options.choice(key, names));
+  return static_cast<E>(found - names.begin());
+}
+
+inline const std::vector<std::string> kCheckFinite = {"off", "skip", "raise"};
+
+// Of all groups: lr, which is checked here, beta1, beta2, eps, weight_decay and check_finite.
 template <class O>
 Options write_adam_options(const char* optimizer, const O& from) {
   OUNCE_CHECK(from.lr >= 0, "[", optimizer, "] expected lr >= 0, got ", from.lr);
@@ -24,6 +33,7 @@ Options write_adam_options(const char* optimizer, const O& from) {
   options.set("beta2", from.beta2);
   options.set("eps", from.eps);
   options.set("weight_decay", from.weight_decay);
+  options.set("check_finite", kCheckFinite[static_cast<size_t>(from.check_finite)]);
   return options;
 }
 // Of one group, whose lr it keeps itself: the others, in their ranges.
@@ -33,16 +43,10 @@ void read_adam_options(const char* optimizer, const Options& options, O& to) {
   to.beta2 = options.number_in("beta2", 0, 1);
   to.eps = options.number_in("eps", 0, 1);
   to.weight_decay = options.number_in("weight_decay", 0, 1e6);
+  to.check_finite = choice_of<CheckFinite>(options, "check_finite", kCheckFinite);
   OUNCE_CHECK(to.beta1 < 1 && to.beta2 < 1, "[", optimizer,
               "] expected beta1 and beta2 below 1, got ", to.beta1, " and ", to.beta2);
   OUNCE_CHECK(to.eps > 0, "[", optimizer, "] expected eps > 0, got ", to.eps);
-}
-
-// The value whose name stands at its place in `names`.
-template <class E>
-E choice_of(const Options& options, const char* key, const std::vector<std::string>& names) {
-  const auto found = std::find(names.begin(), names.end(), options.choice(key, names));
-  return static_cast<E>(found - names.begin());
 }
 
 // O is made of parameters and of what from_options() reads, with lr and groups put in.

@@ -22,6 +22,7 @@ beta1 = 0.9             # decay of the first moment
 beta2 = 0.999           # decay of the second moment
 eps = 1e-8              # added to the root of the second moment
 weight_decay = 0.01     # decoupled; norms, biases and embeddings take 0 unless a group says otherwise
+check_finite = "off"    # off | skip | raise: of a step whose gradients hold an infinity or a NaN
 rank = 256              # columns kept of the smaller side
 rank_fraction = 0.0     # that share of it instead; 0 = rank
 update_interval = 1     # gradients between choices of the columns
@@ -223,6 +224,8 @@ void DctAdamW::update(const StepControl& control) {
       if (!has_gradient("dct_adamw", name, parameter, slot.exp_avg)) continue;
       auto tensor = fused_tensor(parameter, slot, o, index);
       tensor.indices = slot.indices;
+      tensor.residual = slot.residual;
+      tensor.residual_scales = slot.residual_scales;
       if (is_fused("dct_adamw", name, parameter, o.implementation,
                    !slot.pending.defined() && takes(tensor, slot, o))) {
         Alike alike{.kind = kind_of(tensor)};
@@ -315,7 +318,7 @@ NamedOptimizer::Statistics DctAdamW::statistics() const {
 
 bool DctAdamW::takes(const FusedTensor& tensor, const Slot& slot, const DctAdamWOptions& o) {
   if (!slot.indices.defined()) return FusedSteps::takes(tensor);
-  return o.residual == Residual::kNone &&
+  return (o.residual == Residual::kNone || o.residual == Residual::kErrorFeedback) &&
          FusedSteps::takes(tensor, {.basis = o.basis, .transposed = slot.transposed});
 }
 

@@ -31,14 +31,15 @@ enum class ResidualType {
 };
 
 struct DctAdamWOptions {
-  double lr = 1e-3;             // >= 0
-  double beta1 = 0.9;           // in [0, 1)
-  double beta2 = 0.999;         // in [0, 1)
-  double eps = 1e-8;            // > 0
-  double weight_decay = 0.01;   // >= 0, decoupled; norms, biases and embeddings take 0
-  int64_t rank = 256;           // columns kept of the smaller side
-  double rank_fraction = 0;     // in (0, 1]: that share of it instead; 0 = rank
-  int64_t update_interval = 1;  // gradients between choices of the columns
+  double lr = 1e-3;            // >= 0
+  double beta1 = 0.9;          // in [0, 1)
+  double beta2 = 0.999;        // in [0, 1)
+  double eps = 1e-8;           // > 0
+  double weight_decay = 0.01;  // >= 0, decoupled; norms, biases and embeddings take 0
+  CheckFinite check_finite = CheckFinite::kOff;  // of the gradients
+  int64_t rank = 256;                            // columns kept of the smaller side
+  double rank_fraction = 0;                      // in (0, 1]: that share of it instead; 0 = rank
+  int64_t update_interval = 1;                   // gradients between choices of the columns
   Basis basis = Basis::kDct2;
   int64_t norm = 2;         // 1 or 2: by which columns are ranked
   Side side = Side::kAuto;  // which side is projected; auto: the smaller
@@ -61,8 +62,8 @@ struct DctAdamWOptions {
   int64_t seed = 0;                         // of that
   // auto | fused | reference. Fused: on a Hopper GPU, a few launches for all parameters of a shape;
   // it takes fp32 and bf16, the bases dct2 and identity, ranks of 16 n up to 256, sides of 8 n that
-  // have no prime factor over 11 where they are projected, and no residual. "fused" throws for
-  // others, "auto" composes them.
+  // have no prime factor over 11 where they are projected, and as residual kErrorFeedback alone, in
+  // kInt8 of rows of 16 n. "fused" throws for others, "auto" composes them.
   std::string implementation = "auto";
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };

@@ -218,11 +218,10 @@ __global__ void __launch_bounds__(kSumThreads) sum_slots_of(const __grid_constan
   __syncthreads();
   if (threadIdx.y != 0 || i >= sums) return;
   for (int lane = 1; lane < blockDim.y; ++lane) sum += parts[lane * blockDim.x + threadIdx.x];
-  const float scale = s.scale_sums && job.batch.scale != nullptr ? fabsf(*job.batch.scale) : 1;
   if (i < n) {
-    s.squares[matrix * n + i] = sum * scale * scale;
+    s.squares[matrix * n + i] = sum;
   } else {
-    s.absolutes[matrix * n + i - n] = sum * scale;
+    s.absolutes[matrix * n + i - n] = sum;
   }
 }
 
@@ -236,8 +235,6 @@ __global__ void __launch_bounds__(32 * kLanes)
   const RankBatch& batch = job.batch;
   const int matrix = blockIdx.z;
   const void* g = batch.gradient[matrix];
-  const void* e = batch.residual == nullptr ? nullptr : batch.residual[matrix];
-  const float scale = batch.scale == nullptr ? 1 : *batch.scale;
   const int64_t column = (int64_t{blockIdx.x} * 32 + threadIdx.x) * width;
   const int64_t row = int64_t{blockIdx.y} * kChunk, end = min(batch.rows, row + kChunk);
   float squares[width] = {}, sums[width] = {};
@@ -245,7 +242,7 @@ __global__ void __launch_bounds__(32 * kLanes)
 #pragma unroll 4
     for (int64_t y = row + threadIdx.y; y < end; y += kLanes) {
       float x[width];
-      read(batch, g, e, scale, y * batch.columns + column, x);
+      read(g, batch.gradient_is_fp32, y * batch.columns + column, x);
       for (int j = 0; j < width; ++j) {
         squares[j] = fmaf(x[j], x[j], squares[j]);
         sums[j] += fabsf(x[j]);
@@ -279,13 +276,11 @@ __global__ void __launch_bounds__(32 * kLanes)
   const int64_t row = int64_t{blockIdx.x} * kLanes + threadIdx.y;
   if (row >= batch.rows) return;
   const void* g = batch.gradient[matrix];
-  const void* e = batch.residual == nullptr ? nullptr : batch.residual[matrix];
-  const float scale = batch.scale == nullptr ? 1 : *batch.scale;
   float square = 0, sum = 0;
 #pragma unroll 4
   for (int64_t at = threadIdx.x * width; at < batch.columns; at += 32 * width) {
     float x[width];
-    read(batch, g, e, scale, row * batch.columns + at, x);
+    read(g, batch.gradient_is_fp32, row * batch.columns + at, x);
     for (int j = 0; j < width; ++j) {
       square = fmaf(x[j], x[j], square);
       sum += fabsf(x[j]);
@@ -335,7 +330,7 @@ cudaError_t rank_any_length(const RankBatch& batch, const RankOutput& out, int p
   if (status != cudaSuccess) return status;
   any_length_of<<<job.blocks, kThreads, a.shared, stream>>>(job, a);
   if (const auto launched = cudaGetLastError(); launched != cudaSuccess) return launched;
-  return sum_slots({job, 0, false, out.squares, out.absolutes}, stream);
+  return sum_slots({job, 0, out.squares, out.absolutes}, stream);
 }
 
 int64_t identity_slots(const RankBatch& batch) {
@@ -357,7 +352,7 @@ cudaError_t rank_identity(const RankBatch& batch, const RankOutput& out, cudaStr
   const dim3 grid(blocks_of(batch.columns, batch.aligned ? 128 : 32), chunks, count);
   kernel<<<grid, block, 0, stream>>>(job, out.absolutes != nullptr);
   if (const auto status = cudaGetLastError(); status != cudaSuccess) return status;
-  return sum_slots({job, static_cast<int>(chunks), false, out.squares, out.absolutes}, stream);
+  return sum_slots({job, static_cast<int>(chunks), out.squares, out.absolutes}, stream);
 }
 
 }  // namespace ounce::optim

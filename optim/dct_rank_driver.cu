@@ -12,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <thread>
 #include <vector>
@@ -52,14 +53,13 @@ void expect(bool good, const char* what, double value) {
   failures += !good;
 }
 
-enum class Kind { kNone, kBf16, kFp32 };
+enum class Kind { kNone, kBf16, kFp32, kInt8 };
 
 struct Case {
   int count;
   int64_t rows, columns;
   bool right;
-  Kind gradient = Kind::kBf16, residual = Kind::kNone;
-  float scale = 1;  // 1: no pointer
+  Kind gradient = Kind::kBf16, addend = Kind::kNone;
   bool shifted = false, absolutes = false;
   RankBasis basis = RankBasis::kDct2;
 };
@@ -101,6 +101,48 @@ struct Matrices {
   }
 };
 
+// What is added to the matrices; sums of bf16 lie where the addends did.
+struct Addends {
+  static constexpr float kScale = 0.75f;
+  std::vector<std::vector<double>> values;
+  std::vector<RankAddend> entries;
+  std::vector<const void*> memory;
+
+  Addends(const Case& c) {
+    std::mt19937_64 random(2);
+    std::normal_distribution<float> normal;
+    const float* step = keep(upload(std::vector<float>{4}));
+    for (int m = 0; m < c.count; ++m) {
+      const int64_t count = c.rows * c.columns;
+      std::vector<double> value(count);
+      std::vector<__nv_bfloat16> wide(count);
+      std::vector<int8_t> narrow(count);
+      std::vector<float> scales(count / 128 + 1);
+      for (float& scale : scales) scale = std::exp(normal(random)) / 127;
+      for (int64_t i = 0; i < count; ++i) {
+        wide[i] = __float2bfloat16(normal(random));
+        narrow[i] = static_cast<int8_t>(static_cast<int>(random() % 255) - 127);
+        value[i] = c.addend == Kind::kInt8 ? static_cast<double>(scales[i / 128]) * narrow[i]
+                                           : __bfloat162float(wide[i]);
+      }
+      values.push_back(std::move(value));
+      auto* sum = keep(upload(wide));
+      entries.push_back({sum, nullptr, sum, step, static_cast<uint64_t>(m) + 1});
+      if (c.addend == Kind::kInt8) {
+        entries[m] = {keep(upload(narrow)), keep(upload(scales)), sum};
+      }
+    }
+  }
+  ~Addends() {
+    for (const void* m : memory) cudaFree(const_cast<void*>(m));
+  }
+  template <class T>
+  T* keep(T* pointer) {
+    memory.push_back(pointer);
+    return pointer;
+  }
+};
+
 // By definition, of one matrix.
 void plain(const Case& c, const std::vector<double>& x, int64_t k, double& squares, double& sums) {
   const int64_t n = c.right ? c.columns : c.rows, vectors = c.right ? c.rows : c.columns;
@@ -136,15 +178,17 @@ double worst_error(const std::vector<float>& got, const std::vector<double>& wan
 }
 
 void check_rank(const Case& c) {
-  const Matrices g(c, c.gradient, 1), e(c, c.residual, 2);
-  const bool has_e = c.residual != Kind::kNone;
+  const Matrices g(c, c.gradient, 1);
+  std::vector<std::vector<double>> ranked = g.values;
   RankBatch batch = {c.count, c.rows, c.columns, c.right};
   batch.gradient = upload(g.pointers);
   batch.gradient_is_fp32 = c.gradient == Kind::kFp32;
-  batch.residual = has_e ? upload(e.pointers) : nullptr;
-  batch.residual_is_fp32 = c.residual == Kind::kFp32;
-  batch.scale = c.scale == 1 ? nullptr : upload(std::vector<float>{c.scale});
   batch.aligned = !c.shifted;
+  const auto* entries = c.addend == Kind::kNone ? nullptr : allocate<RankAddend>(c.count);
+  const float* scalars = upload(std::vector<float>{Addends::kScale, 0, 1});
+  batch.addends = entries;
+  batch.addends_are_int8 = c.addend == Kind::kInt8;
+  batch.scale = scalars;
   const int64_t n = batch.length(), all = n * c.count;
   const int64_t bytes = rank_scratch(c.basis, batch, c.absolutes, processors());
   char* scratch = allocate<char>(bytes + 1024);
@@ -153,8 +197,39 @@ void check_rank(const Case& c) {
   std::vector<float> first;
   for (int run = 0; run < 2; ++run) {  // the second run finds other scratch
     CHECK(cudaMemset(scratch, 0xff, bytes + 1024));
-    CHECK(rank(c.basis, batch, out, processors(), nullptr));
-    CHECK(cudaDeviceSynchronize());
+    std::optional<Addends> addends;
+    if (entries != nullptr) {
+      addends.emplace(c);
+      CHECK(cudaMemcpy(const_cast<RankAddend*>(entries), addends->entries.data(),
+                       c.count * sizeof(RankAddend), cudaMemcpyHostToDevice));
+    }
+    const int64_t count = c.rows * c.columns;
+    const auto sum_of = [&](int m) {
+      return download(static_cast<const __nv_bfloat16*>(addends->entries[m].sum), count);
+    };
+    const auto before = entries == nullptr ? std::vector<__nv_bfloat16>() : sum_of(0);
+    for (const int skip : {1, 0}) {
+      if (skip == 1 && entries == nullptr) continue;
+      batch.skip = scalars + 1 + skip;
+      CHECK(rank(c.basis, batch, out, processors(), nullptr));
+      CHECK(cudaDeviceSynchronize());
+      if (skip == 1) {
+        expect(std::memcmp(sum_of(0).data(), before.data(), count * 2) == 0, "skips", 0);
+      }
+    }
+    for (int m = 0; entries != nullptr && m < c.count; ++m) {
+      const auto sum = sum_of(m);
+      double worst = 0, bias = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const double exact = Addends::kScale * g.values[m][i] + addends->values[m][i];
+        ranked[m][i] = __bfloat162float(sum[i]);
+        const double off = (ranked[m][i] - exact) / std::max(std::fabs(exact), 1e-4);
+        worst = std::max(worst, std::fabs(off));
+        bias += off / static_cast<double>(count);
+      }
+      expect(worst <= (batch.addends_are_int8 ? 1 / 255. : 1 / 127.), "sum", worst);
+      expect(std::fabs(bias) < 1e-3, "bias", bias);
+    }
     const auto got = download(out.squares, all);
     if (run == 1) expect(std::memcmp(got.data(), first.data(), all * 4) == 0, "repeats", 0);
     first = got;
@@ -164,13 +239,9 @@ void check_rank(const Case& c) {
   const int workers = std::max(2u, std::thread::hardware_concurrency());
   for (int w = 0; w < workers; ++w) {
     threads.emplace_back([&, w] {
-      std::vector<double> x(c.rows * c.columns);
       for (int m = 0; m < c.count; ++m) {
-        for (size_t i = 0; i < x.size(); ++i) {
-          x[i] = c.scale * g.values[m][i] + (has_e ? e.values[m][i] : 0);
-        }
         for (int64_t k = w; k < n; k += workers)
-          plain(c, x, k, squares[m * n + k], sums[m * n + k]);
+          plain(c, ranked[m], k, squares[m * n + k], sums[m * n + k]);
       }
     });
   }
@@ -178,17 +249,16 @@ void check_rank(const Case& c) {
   const double error = worst_error(first, squares);
   double error_sums = 0;
   if (c.absolutes) error_sums = worst_error(download(out.absolutes, all), sums);
-  std::printf("  %d x [%ld, %ld] %s %s%s%s%s%s%s: %.2g %.2g\n", c.count, c.rows, c.columns,
+  std::printf("  %d x [%ld, %ld] %s %s%s%s%s%s: %.2g %.2g\n", c.count, c.rows, c.columns,
               c.right ? "right" : "left", c.basis == RankBasis::kIdentity ? "identity " : "",
               batch.gradient_is_fp32 ? "fp32" : "bf16",
-              !has_e                   ? ""
-              : batch.residual_is_fp32 ? " + fp32"
+              entries == nullptr       ? ""
+              : batch.addends_are_int8 ? " + int8"
                                        : " + bf16",
-              c.scale == 1 ? "" : " scaled", c.shifted ? " shifted" : "",
-              c.absolutes ? " absolutes" : "", error, error_sums);
+              c.shifted ? " shifted" : "", c.absolutes ? " absolutes" : "", error, error_sums);
   expect(error < 1e-5, "squares", error);
   expect(error_sums < 1e-5, "absolutes", error_sums);
-  release({batch.gradient, batch.residual, batch.scale, out.squares, out.absolutes, scratch});
+  release({batch.gradient, entries, scalars, out.squares, out.absolutes, scratch});
 }
 
 void check_select(int count, int n, int rank, int levels, bool skip, bool nan) {
@@ -313,21 +383,23 @@ void check(int64_t largest) {
         cases.push_back(c);
       };
       add(2, 24, [](Case&) {});
-      add(1, right ? 5 : 40, [](Case& c) { c.scale = 0.5f; });
+      add(1, right ? 5 : 40, [](Case&) {});
       add(2, 7, [](Case& c) { c.shifted = true; });
-      add(1, 16, [](Case& c) { c.gradient = kFp32, c.residual = kBf16, c.scale = 3; });
-      add(1, 16, [](Case& c) { c.residual = kFp32, c.absolutes = true; });
-      add(2, 19, [](Case& c) { c.absolutes = true, c.scale = -2, c.residual = kBf16; });
-      add(2, right ? 25 : 40, [](Case& c) { c.residual = kBf16, c.scale = 0.75f; });
+      add(2, 19, [](Case& c) { c.absolutes = true; });
       add(1, 32, [](Case& c) { c.gradient = kFp32; });
-      add(1, right ? 9 : 8, [](Case& c) { c.gradient = c.residual = kFp32, c.scale = 3; });
+      add(1, right ? 9 : 8, [](Case& c) { c.gradient = kFp32; });
+      if (!right || (n != 1024 && n != 2048 && n != 4096)) continue;
+      for (const auto kind : {kBf16, kInt8}) {
+        add(2, 37, [&](Case& c) { c.addend = kind; });
+        add(3, n > 2048 ? 8 : 300, [&](Case& c) { c.addend = kind; });
+      }
     }
   }
   for (const int64_t n : {2,   3,   4,   6,    7,    16,   30,   64,   77,   96,  128,
                           135, 256, 375, 1000, 2560, 3072, 3584, 5120, 5632, 8100}) {
     for (const bool right : {true, false}) {
       cases.push_back({2, right ? 11 : n, right ? n : 11, right});
-      cases.push_back({1, right ? 16 : n, right ? n : 16, right, kFp32, kBf16, 2, true, true});
+      cases.push_back({1, right ? 16 : n, right ? n : 16, right, kFp32, kNone, true, true});
     }
   }
   for (const bool right : {true, false}) {  // many units a block, and over ends of matrices
@@ -335,8 +407,8 @@ void check(int64_t largest) {
     cases.push_back({3, 2048, 2048, right});
     cases.push_back({30, 64, 64, right});
     for (const bool shifted : {false, true}) {
-      cases.push_back({2, 1000, 520, right, kBf16, kFp32, 2, shifted, true, RankBasis::kIdentity});
-      cases.push_back({3, 77, 131, right, kFp32, kNone, 1, shifted, false, RankBasis::kIdentity});
+      cases.push_back({2, 1000, 520, right, kBf16, kNone, shifted, true, RankBasis::kIdentity});
+      cases.push_back({3, 77, 131, right, kFp32, kNone, shifted, false, RankBasis::kIdentity});
     }
   }
   for (const auto& c : cases) {
@@ -406,15 +478,22 @@ struct Timed {
   void run(cudaStream_t stream) const { CHECK(rank(basis, batch, out, processors_, stream)); }
   int processors_ = processors();
 };
-Timed timed(const __nv_bfloat16* arena, int count, int64_t rows, int64_t columns, bool right,
-            bool residual = false, bool absolutes = false, RankBasis basis = RankBasis::kDct2) {
+Timed timed(__nv_bfloat16* arena, int count, int64_t rows, int64_t columns, bool right,
+            Kind addend = Kind::kNone, bool absolutes = false, RankBasis basis = RankBasis::kDct2) {
   Timed t = {{count, rows, columns, right}, {}, basis};
   std::vector<const void*> pointers;
-  const int parts = residual ? 2 : 1;
-  for (int i = 0; i < parts * count; ++i) pointers.push_back(arena + i * rows * columns);
+  std::vector<RankAddend> addends;
+  for (int i = 0; i < count; ++i) {
+    __nv_bfloat16* at = arena + 3 * i * rows * columns;
+    pointers.push_back(addend == Kind::kNone ? arena + i * rows * columns : at);
+    auto *e = at + rows * columns, *sum = e + rows * columns;
+    addends.push_back({e, reinterpret_cast<float*>(sum), addend == Kind::kInt8 ? sum : e,
+                       reinterpret_cast<float*>(arena)});
+  }
   t.batch.gradient = upload(pointers);
-  t.batch.residual = residual ? t.batch.gradient + count : nullptr;
   t.batch.aligned = true;
+  if (addend != Kind::kNone) t.batch.addends = upload(addends);
+  t.batch.addends_are_int8 = addend == Kind::kInt8;
   const int64_t all = count * t.batch.length();
   t.out = {allocate<float>(all), absolutes ? allocate<float>(all) : nullptr,
            allocate<char>(rank_scratch(basis, t.batch, absolutes, processors()))};
@@ -438,47 +517,60 @@ void time_all() {
   struct Shape {
     int count;
     int64_t rows, columns;
-    bool right, residual, absolutes;
+    bool right;
+    Kind addend = Kind::kNone;
+    bool absolutes = false;
     RankBasis basis = RankBasis::kDct2;
   };
   const auto report = [&](const Shape& s) {
-    const int64_t each = s.rows * s.columns * s.count * (s.residual ? 2 : 1);
+    const int64_t elements = s.rows * s.columns * s.count;
+    const int64_t each = elements * (s.addend == Kind::kNone ? 1 : 3);
+    const int64_t bytes = elements * (s.addend == Kind::kNone   ? 2
+                                      : s.addend == Kind::kInt8 ? 5
+                                                                : 6);
     const int sets = static_cast<int>(std::clamp<int64_t>((256 << 20) / each, 1, 32));
     std::vector<Timed> all;
     for (int i = 0; i < sets; ++i) {
-      all.push_back(timed(arena + i * each, s.count, s.rows, s.columns, s.right, s.residual,
+      all.push_back(timed(arena + i * each, s.count, s.rows, s.columns, s.right, s.addend,
                           s.absolutes, s.basis));
     }
     const double us = time_of(sets, [&](int i, cudaStream_t stream) { all[i].run(stream); });
     std::printf("  %3d x [%5ld, %5ld] %-5s%s%s%s: %8.1f us %6.0f GB/s\n", s.count, s.rows,
-                s.columns, s.right ? "right" : "left", s.residual ? " + e" : "",
+                s.columns, s.right ? "right" : "left",
+                s.addend == Kind::kNone   ? ""
+                : s.addend == Kind::kInt8 ? " + int8"
+                                          : " + bf16",
                 s.absolutes ? " absolutes" : "", s.basis == RankBasis::kIdentity ? " identity" : "",
-                us, each * 2 / us / 1e3);
+                us, bytes / us / 1e3);
     for (const auto& t : all) {
-      release({t.batch.gradient, t.out.squares, t.out.absolutes, t.out.scratch});
+      release({t.batch.gradient, t.batch.addends, t.out.squares, t.out.absolutes, t.out.scratch});
     }
     return us;
   };
   double total = 0;
   for (const Shape& s :
-       {Shape{96, 2048, 2048, true, false, false}, Shape{48, 5632, 2048, true, false, false},
-        Shape{24, 2048, 5632, false, false, false}}) {
+       {Shape{96, 2048, 2048, true}, Shape{48, 5632, 2048, true}, Shape{24, 2048, 5632, false}}) {
     total += report(s);
   }
   std::printf("  together %.1f us\n", total);
   for (const int64_t n : {512, 768, 1024, 1536, 2048, 4096, 8192, 1000, 64}) {
-    report({1, n, n, true, false, false});
-    report({1, n, n, false, false, false});
+    report({1, n, n, true});
+    report({1, n, n, false});
   }
   for (const int64_t n : {1024, 4096, 8192}) {
     const int count = static_cast<int>((int64_t{400} << 20) / n / n);
-    report({count, n, n, true, false, false});
-    report({count, n, n, false, false, false});
+    report({count, n, n, true});
+    report({count, n, n, false});
+    if (n == 8192) continue;
+    for (const auto kind : {Kind::kBf16, Kind::kInt8}) report({count / 3, n, n, true, kind});
   }
   for (const bool right : {true, false}) {
-    report({48, 2048, 2048, right, true, false});
-    report({48, 2048, 2048, right, false, true});
-    report({48, 2048, 2048, right, false, false, RankBasis::kIdentity});
+    report({48, 2048, 2048, right, Kind::kNone, true});
+    report({48, 2048, 2048, right, Kind::kNone, false, RankBasis::kIdentity});
+  }
+  for (const auto kind : {Kind::kNone, Kind::kBf16, Kind::kInt8}) {
+    report({96, 2048, 2048, true, kind});
+    report({32, 5632, 2048, true, kind});
   }
   Selection s = {96, 2048, 256};
   std::vector<float> keys(96 * 2048);

@@ -16,21 +16,32 @@ namespace ounce::optim {
 
 enum class RankBasis { kDct2, kIdentity };
 
-// `count` matrices x_i = scale g_i + e_i [rows, columns], row-major without gaps. Projected are the
-// rows' vectors (right: n = columns), or the columns' (left: n = rows). The arrays of pointers lie
-// on the device.
+// What is added to a matrix on the way, and where the sum goes; all at multiples of 16 bytes.
+struct RankAddend {
+  const void* e = nullptr;        // [rows, columns]
+  const float* scales = nullptr;  // of int8: [rows, columns / kInt8Block], of blocks of a row
+  void* sum = nullptr;            // [rows, columns] bf16; may be e
+  // Of bf16: the sum rounds stochastically, as in stochastic_rounding.h.
+  const float* step = nullptr;  // a scalar: steps before this one
+  uint64_t seed = 0;
+};
+
+// `count` matrices g_i [rows, columns], row-major without gaps. Projected are the rows' vectors
+// (right: n = columns), or the columns' (left: n = rows). The arrays lie on the device.
 struct RankBatch {
   int count = 0;
   int64_t rows = 0, columns = 0;
   bool right = true;
   const void* const* gradient = nullptr;
-  bool gradient_is_fp32 = false;          // else bf16
-  const void* const* residual = nullptr;  // e, or null: 0
-  bool residual_is_fp32 = false;          // else bf16
-  const float* scale = nullptr;           // or null: 1
+  bool gradient_is_fp32 = false;  // else bf16
   // Every matrix begins at a multiple of 16 bytes. Where it is false, or a row is not a multiple of
   // 16 bytes, elements are read one by one.
   bool aligned = false;
+  // What is ranked is sum = scale g + e, which is stored; null: g. Only where can_add().
+  const RankAddend* addends = nullptr;
+  bool addends_are_int8 = false;  // else bf16
+  const float* scale = nullptr;   // a scalar, or null: 1
+  const float* skip = nullptr;    // a scalar: nonzero stores nothing; null: 0
 
   constexpr int64_t length() const { return right ? columns : rows; }
   constexpr int64_t vectors() const { return right ? rows : columns; }
@@ -39,13 +50,15 @@ struct RankBatch {
 // Whether vectors of this length have a transform: products of 2, 3, 5, 7 and 11 from 2 to 8192.
 // The identity takes any length.
 bool can_rank(RankBasis basis, int64_t length);
+// Whether addends of this batch have a kernel: rows of bf16 of some lengths.
+bool can_add(RankBasis basis, const RankBatch& batch, bool absolutes);
 
 // Bytes of `scratch` for rank(). `processors`: multiprocessors of the GPU.
 int64_t rank_scratch(RankBasis basis, const RankBatch& batch, bool absolutes, int processors);
 
 // squares [count, n]: the sum over a matrix's vectors of (vector . b_k)^2; absolutes [count, n], or
 // null: of |vector . b_k|. fp32 arithmetic. Each matrix is read once, its transform is not stored.
-// Two launches. cudaErrorInvalidValue where can_rank() says no.
+// Two launches. cudaErrorInvalidValue where can_rank() or can_add() says no.
 struct RankOutput {
   float *squares = nullptr, *absolutes = nullptr;
   void* scratch = nullptr;  // 16-byte aligned

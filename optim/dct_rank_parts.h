@@ -67,7 +67,6 @@ __device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;"
 struct SlotSums {
   RankJob job;
   int slots_of_matrix = 0;
-  bool scale_sums = false;  // by scale^2, |scale|: reading did not
   float *squares = nullptr, *absolutes = nullptr;
 };
 cudaError_t sum_slots(const SlotSums& sums, cudaStream_t stream);
@@ -87,25 +86,15 @@ struct alignas(sizeof(T) * width) Neighbours {
   T of[width];
 };
 
-// x[0 .. width) of scale g + e from element `at` on.
+// x[0 .. width) of g from element `at` on.
 template <int width>
-__device__ inline void read(const RankBatch& batch, const void* g, const void* e, float scale,
-                            int64_t at, float (&x)[width]) {
-  const auto load = [&](const void* from, bool is_fp32, auto put) {
-    if (is_fp32) {
-      const auto pack =
-          *reinterpret_cast<const Neighbours<float, width>*>(static_cast<const float*>(from) + at);
+__device__ inline void read(const void* g, bool is_fp32, int64_t at, float (&x)[width]) {
+  const auto load = [&]<class T>(const T* from) {
+    const auto pack = *reinterpret_cast<const Neighbours<T, width>*>(from + at);
 #pragma unroll
-      for (int i = 0; i < width; ++i) put(i, pack.of[i]);
-    } else {
-      const auto pack = *reinterpret_cast<const Neighbours<__nv_bfloat16, width>*>(
-          static_cast<const __nv_bfloat16*>(from) + at);
-#pragma unroll
-      for (int i = 0; i < width; ++i) put(i, __bfloat162float(pack.of[i]));
-    }
+    for (int i = 0; i < width; ++i) x[i] = to_float(pack.of[i]);
   };
-  load(g, batch.gradient_is_fp32, [&](int i, float value) { x[i] = value * scale; });
-  if (e != nullptr) load(e, batch.residual_is_fp32, [&](int i, float value) { x[i] += value; });
+  is_fp32 ? load(static_cast<const float*>(g)) : load(static_cast<const __nv_bfloat16*>(g));
 }
 
 // Which vectors to read: 2 pairs of n elements from `first` on, along rows, by `threads` threads.
@@ -118,8 +107,6 @@ template <int width, class Put>
 __device__ inline void read_vectors(const RankBatch& batch, int matrix, int64_t first,
                                     const Reading& reading, int thread, Put put) {
   const void* g = batch.gradient[matrix];
-  const void* e = batch.residual == nullptr ? nullptr : batch.residual[matrix];
-  const float scale = batch.scale == nullptr ? 1 : *batch.scale;
   const auto [right, n, pairs, threads] = reading;
   const int row = right ? n : 2 * pairs;  // of the rectangle that is read
   const int all = 2 * pairs * n / width;
@@ -130,7 +117,7 @@ __device__ inline void read_vectors(const RankBatch& batch, int matrix, int64_t 
     float values[width] = {};
     if (vector < batch.vectors()) {
       const int64_t at = right ? vector * n + x : y * batch.columns + vector;
-      read(batch, g, e, scale, at, values);
+      read(g, batch.gradient_is_fp32, at, values);
     }
 #pragma unroll
     for (int j = 0; j < width; ++j) {

@@ -7,10 +7,10 @@
 #include <ounce/kernels/common/ptx.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include <ounce/optim/dct_rank_parts.h>
 #include <ounce/optim/dct_rank_shape.h>
+#include <ounce/optim/stochastic_rounding_device.h>
 
 namespace ounce::optim {
 
@@ -30,24 +30,37 @@ __device__ void copy(__nv_bfloat16* to, const __nv_bfloat16* from, bool inside) 
   }
 }
 
-// Starts the copy of a unit's bf16 elements. Rows are one piece of memory, [vector, n]: one thread
-// asks the copy engine for it.
+// Starts the copy of a unit's bf16 elements, and of the addend's. Rows are one piece of memory,
+// [vector, n]: one thread asks the copy engine for it.
 template <class S>
 __device__ void stage_rows(const Places<S>& places, const RankJob& job, int matrix, int unit) {
   const int64_t first = int64_t{unit} * S::kUnit;
-  const auto count = static_cast<int>(min(int64_t{2 * S::P}, job.batch.rows - first)) * S::N;
+  const auto rows = static_cast<int>(min(int64_t{S::kUnit}, job.batch.rows - first));
   if (places.thread == 0) {
-    const auto* g = static_cast<const __nv_bfloat16*>(job.batch.gradient[matrix]) + first * S::N;
-    ptx::arrive_and_expect(places.landed, count * 2);
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(ptx::shared_address(places.staged)),
-        "l"(g), "r"(count * 2), "r"(places.landed)
-        : "memory");
+    const auto copy_rows = [&](void* to, const void* from, int row_bytes) {
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+          "[%3];" ::"r"(ptx::shared_address(to)),
+          "l"(static_cast<const char*>(from) + first * row_bytes), "r"(rows * row_bytes),
+          "r"(places.landed)
+          : "memory");
+    };
+    ptx::arrive_and_expect(places.landed, rows * (2 * S::N + S::kAddedRow));
+    copy_rows(places.staged, job.batch.gradient[matrix], 2 * S::N);
+    if constexpr (S::kAdded > 0) {
+      const RankAddend& addend = job.batch.addends[matrix];
+      copy_rows(places.addend, addend.e, S::kAdded * S::N);
+      if constexpr (S::kScales > 0) copy_rows(places.scales(), addend.scales, 4 * S::kScales);
+    }
   }
-  if (count == 2 * S::P * S::N) return;
+  if (rows == S::kUnit) return;
+  const auto clear = [&](auto* to, int row) {
 #pragma unroll 1
-  for (int i = count / 2 + places.thread; i < S::kStaged; i += S::T) places.staged[i] = 0;
+    for (int i = rows * row + places.thread; i < S::kUnit * row; i += S::T) to[i] = 0;
+  };
+  clear(places.staged, S::N / 2);
+  if constexpr (S::kAdded == 1) clear(places.scales(), S::kScales);
+  if constexpr (S::kAdded == 2) clear(reinterpret_cast<uint32_t*>(places.addend), S::N / 2);
   places.wait();  // the copy's barrier does not order other threads' zeros
 }
 
@@ -104,34 +117,67 @@ __device__ void fill(const Places<S>& places, const RankJob& job, int matrix, in
   places.wait();
 }
 
-template <class T>
-__device__ float2 two_of(const void* from, int64_t at) {
-  const auto both = *reinterpret_cast<const Neighbours<T, 2>*>(static_cast<const T*>(from) + at);
-  return {to_float(both.of[0]), to_float(both.of[1])};
-}
+__device__ inline float low_half(uint32_t word) { return __uint_as_float(word << 16); }
+__device__ inline float high_half(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
 
-// Elements of a pair of vectors.
-template <class S, class G, class E>
-struct Direct {
+// scale g + e of a matrix, on the way from the copies into the first stage.
+template <class S>
+struct Adding {
+  const Places<S>& places;
   const RankBatch& batch;
-  const void *g, *e;
+  uint32_t* sum;  // of the matrix, two elements each; null where nothing is stored
   float scale;
-  int64_t first;  // vector
+  uint32_t odds = 0;  // rounding::row_of()
+  int64_t first = 0;  // row of the unit
 
-  __device__ float2 two(int64_t at) const {
-    const float2 x = two_of<G>(g, at);
-    if constexpr (std::is_void_v<E>) {
-      return {x.x * scale, x.y * scale};
-    } else {
-      const float2 y = two_of<E>(e, at);
-      return {fmaf(x.x, scale, y.x), fmaf(x.y, scale, y.y)};
+  __device__ Adding(const Places<S>& at, const RankBatch& of, int matrix) : places(at), batch(of) {
+    const RankAddend& addend = batch.addends[matrix];
+    const bool skips = batch.skip != nullptr && *batch.skip != 0;
+    sum = skips ? nullptr : static_cast<uint32_t*>(addend.sum);
+    scale = batch.scale == nullptr ? 1 : *batch.scale;
+    if constexpr (S::kAdded == 2) {
+      const auto step = static_cast<uint32_t>(*addend.step + 1);
+      odds = rounding::row_of(rounding::stream_of(step, addend.seed), 0);
     }
   }
-  // Elements 2m and 2m + 1 of two rows.
-  __device__ void rows(int m, float2& even, float2& odd) const {
-    const int64_t at = first * S::N + 2 * m;
+  // Two elements of a row of the unit.
+  __device__ uint32_t operator()(uint32_t word, int row, int in_row) const {
+    const int at = row * (S::N / 2) + in_row;
+    const int64_t to = (first + row) * (S::N / 2) + in_row;
+    const float x = scale * low_half(word), y = scale * high_half(word);
+    if constexpr (S::kAdded == 1) {
+      // A byte b + 128 under the exponent of 2^23 is 2^23 + 128 + b.
+      constexpr float kZero = 8388608 + 128;
+      const uint32_t bytes = reinterpret_cast<const uint16_t*>(places.addend)[at] ^ 0x8080u;
+      const float by = places.scales()[at / (kInt8Block / 2)];
+      const float low = __uint_as_float(__byte_perm(bytes, 0x4B000000, 0x7540)) - kZero;
+      const float high = __uint_as_float(__byte_perm(bytes, 0x4B000000, 0x7541)) - kZero;
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+          : "=r"(word)
+          : "f"(fmaf(by, high, y)), "f"(fmaf(by, low, x)));
+    } else {
+      const uint32_t e = reinterpret_cast<const uint32_t*>(places.addend)[at];
+      const auto position = static_cast<uint32_t>(2 * to);
+      word = rounding::to_bf16(x + low_half(e), odds, position) |
+             rounding::to_bf16(y + high_half(e), odds, position + 1) << 16;
+    }
+    if (sum != nullptr && first + row < batch.rows) sum[to] = word;
+    return word;
+  }
+};
+
+// fp32 elements of a pair of vectors.
+struct Direct {
+  const RankBatch& batch;
+  const float* g;
+  int64_t first;  // vector
+
+  __device__ float2 two(int64_t at) const { return *reinterpret_cast<const float2*>(g + at); }
+  // Elements 2m and 2m + 1 of two rows of n.
+  __device__ void rows(int n, int m, float2& even, float2& odd) const {
+    const int64_t at = first * n + 2 * m;
     const float2 a = first < batch.rows ? two(at) : float2{};
-    const float2 b = first + 1 < batch.rows ? two(at + S::N) : float2{};
+    const float2 b = first + 1 < batch.rows ? two(at + n) : float2{};
     even = {a.x, b.x};
     odd = {a.y, b.y};
   }

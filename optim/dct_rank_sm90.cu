@@ -16,7 +16,7 @@ namespace ounce::optim {
 namespace {
 
 // How the first stage gets its points: kStaged from copies of bf16 rows or columns; kDirect from
-// two neighbours of one type an access; kFilled from the exchange, where fill() has put them.
+// two fp32 neighbours an access; kFilled from the exchange, where fill() has put them.
 enum class Input { kStaged, kDirect, kFilled };
 
 // Where vectors are columns, blocks that run at the same time take neighbours, so that what one of
@@ -28,7 +28,7 @@ __device__ int neighbour(int unit, int units, int each) {
 }
 
 // The units of one matrix from `unit` to `last`, every G-th.
-template <class S, Input input, class G, class E, bool absolutes>
+template <class S, Input input, bool absolutes>
 struct Walk {
   const Places<S>& places;
   const RankJob& job;
@@ -68,21 +68,35 @@ struct Walk {
     places.wait();
     third_stage(places, sums);
   }
-  __device__ void first(int matrix, int unit) {
+  template <class Add>
+  __device__ void first(int matrix, int unit, const Add& add) {
     if constexpr (input == Input::kStaged) {
       ptx::wait(places.landed, phase);
       phase ^= 1;
-      first_stage<S, true>(places);
+      first_stage<S, true>(places, add);
     } else if constexpr (input == Input::kDirect) {
-      first_stage_direct<S, G, E>(places, job, matrix, place(unit));
+      first_stage_direct(places, job, matrix, place(unit));
     } else {
       fill(places, job, matrix, place(unit));
-      first_stage<S, false>(places);
+      first_stage<S, false>(places, add);
     }
   }
   __device__ void run(int matrix, int unit, int last, Sums<S, absolutes>& sums) {
+    if constexpr (S::kAdded > 0) {
+      Adding<S> adding(places, job.batch, matrix);
+      run(matrix, unit, last, sums, adding, [&](int of) { adding.first = int64_t{of} * S::kUnit; });
+    } else {
+      const auto same = [](uint32_t word, int, int) { return word; };
+      run(matrix, unit, last, sums, same, [](int) {});
+    }
+  }
+  // begin(unit): before its first stage.
+  template <class Add, class Begin>
+  __device__ void run(int matrix, int unit, int last, Sums<S, absolutes>& sums, const Add& add,
+                      const Begin& begin) {
     for (; unit < last; unit += S::G) {
-      first(matrix, unit);
+      begin(unit);
+      first(matrix, unit, add);
       places.wait();
       finish(matrix, unit + S::G, last, sums);
       places.wait();
@@ -93,7 +107,7 @@ struct Walk {
   }
 };
 
-template <class S, Input input, class G, class E, bool absolutes>
+template <class S, Input input, bool absolutes>
 __global__ void __launch_bounds__(S::kThreads, 1) rank_of(const __grid_constant__ RankJob job) {
   extern __shared__ __align__(16) unsigned char shared[];
   const Places<S> places(shared);
@@ -103,7 +117,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) rank_of(const __grid_constant_
   }
   __syncthreads();
   wait_for_previous();
-  Walk<S, input, G, E, absolutes> walk = {places, job, min(job.each + 1, job.units)};
+  Walk<S, input, absolutes> walk = {places, job, min(job.each + 1, job.units)};
   int first = job.first_unit(blockIdx.x);
   const int end = job.first_unit(blockIdx.x + 1);
   for (bool started = false; first < end; started = true) {
@@ -128,6 +142,8 @@ template <int n, int r1, int r2, int r3, int right_pairs, int right_groups, int 
 struct Length {
   using Right = Shape<n, r1, r2, r3, true, right_pairs, right_groups>;
   using Left = Shape<n, r1, r2, r3, false, left_pairs, left_groups>;
+  template <int added>
+  using Adding = Shape<n, r1, r2, r3, true, right_pairs, right_groups, added>;
 };
 using L512 = Length<512, 8, 8, 8, 1, 15, 8, 2>;
 using L768 = Length<768, 16, 6, 8, 4, 5, 8, 2>;
@@ -137,9 +153,32 @@ using L2048 = Length<2048, 16, 16, 8, 1, 8, 8, 1>;
 using L4096 = Length<4096, 16, 32, 8, 1, 4, 4, 1>;
 using L8192 = Length<8192, 16, 32, 16, 1, 2, 2, 1>;
 
+// The same with addends, for usual widths of models.
+template <class Call>
+bool with_addends(const RankBatch& batch, Call call) {
+  const auto shape = [&]<class L>(L) {
+    batch.addends_are_int8 ? call(typename L::template Adding<1>())
+                           : call(typename L::template Adding<2>());
+    return true;
+  };
+  switch (batch.length()) {
+#ifndef RANK_ONLY_2048
+    case 1024:
+      return shape(L1024());
+    case 4096:
+      return shape(L4096());
+#endif
+    case 2048:
+      return shape(L2048());
+    default:
+      return false;
+  }
+}
+
 // Calls with the shape of a batch; false where there is none.
 template <class Call>
 bool with_shape(const RankBatch& batch, Call call) {
+  if (batch.addends != nullptr) return with_addends(batch, call);
   const auto side = [&]<class L>(L) {
     batch.right ? call(typename L::Right()) : call(typename L::Left());
     return true;
@@ -174,32 +213,23 @@ int64_t units_of(const RankBatch& batch) {
   return (batch.vectors() + S::kUnit - 1) / S::kUnit;
 }
 
-template <class S, Input input, class G, class E, bool absolutes>
+template <class S, Input input, bool absolutes>
 cudaError_t launch(const RankJob& job, cudaStream_t stream) {
-  const auto kernel = rank_of<S, input, G, E, absolutes>;
+  const auto kernel = rank_of<S, input, absolutes>;
   const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(S::kShared));
   if (status != cudaSuccess) return status;
   return launch_early(kernel, dim3(job.blocks), dim3(S::kThreads), S::kShared, stream, job);
 }
 
-bool is_staged(const RankBatch& batch, bool absolutes) {
-  return batch.aligned && !batch.gradient_is_fp32 && batch.residual == nullptr && !absolutes;
-}
-
 template <class S>
 cudaError_t launch(const RankJob& job, bool absolutes, cudaStream_t stream) {
-  using bf16 = __nv_bfloat16;
+  if constexpr (S::kAdded > 0) return launch<S, Input::kStaged, false>(job, stream);
   const RankBatch& batch = job.batch;
-  if (is_staged(batch, absolutes)) return launch<S, Input::kStaged, bf16, void, false>(job, stream);
-  if (absolutes) return launch<S, Input::kFilled, void, void, true>(job, stream);
-  const bool wide = batch.gradient_is_fp32, has_e = batch.residual != nullptr;
-  if (!batch.aligned || (has_e && wide != batch.residual_is_fp32)) {
-    return launch<S, Input::kFilled, void, void, false>(job, stream);
-  }
-  return !has_e ? launch<S, Input::kDirect, float, void, false>(job, stream)
-         : wide ? launch<S, Input::kDirect, float, float, false>(job, stream)
-                : launch<S, Input::kDirect, bf16, bf16, false>(job, stream);
+  if (absolutes) return launch<S, Input::kFilled, true>(job, stream);
+  if (!batch.aligned) return launch<S, Input::kFilled, false>(job, stream);
+  return batch.gradient_is_fp32 ? launch<S, Input::kDirect, false>(job, stream)
+                                : launch<S, Input::kStaged, false>(job, stream);
 }
 
 }  // namespace
@@ -211,6 +241,11 @@ bool can_rank(RankBasis basis, int64_t length) {
     while (length % factor == 0) length /= factor;
   }
   return length == 1;
+}
+
+bool can_add(RankBasis basis, const RankBatch& batch, bool absolutes) {
+  return basis == RankBasis::kDct2 && batch.right && batch.aligned && !batch.gradient_is_fp32 &&
+         !absolutes && with_addends(batch, [](auto) {});
 }
 
 int64_t rank_scratch(RankBasis basis, const RankBatch& batch, bool absolutes, int processors) {
@@ -233,6 +268,9 @@ cudaError_t rank(RankBasis basis, const RankBatch& given, const RankOutput& out,
   if (given.vectors() < 1) return cudaErrorInvalidValue;
   RankBatch batch = given;
   batch.aligned = given.aligned && given.columns % 8 == 0;
+  if (batch.addends != nullptr && !can_add(basis, batch, out.absolutes != nullptr)) {
+    return cudaErrorInvalidValue;
+  }
   if (basis == RankBasis::kIdentity) return rank_identity(batch, out, stream);
   RankJob job;
   cudaError_t status = cudaSuccess;
@@ -242,8 +280,7 @@ cudaError_t rank(RankBasis basis, const RankBatch& given, const RankOutput& out,
   });
   if (!found) return rank_any_length(batch, out, processors, stream);
   if (status != cudaSuccess) return status;
-  const bool staged = is_staged(batch, out.absolutes != nullptr);
-  return sum_slots({job, 0, staged, out.squares, out.absolutes}, stream);
+  return sum_slots({job, 0, out.squares, out.absolutes}, stream);
 }
 
 }  // namespace ounce::optim

@@ -6,7 +6,6 @@
 
 #include <bit>
 #include <cstdint>
-#include <type_traits>
 
 #include <ounce/optim/dct_butterflies.h>
 #include <ounce/optim/dct_rank_parts.h>
@@ -15,20 +14,15 @@
 
 namespace ounce::optim {
 
-__device__ inline float low_half(uint32_t word) { return __uint_as_float(word << 16); }
-__device__ inline float high_half(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
-
-template <class S, class G, class E>
+template <class S>
 __device__ void first_stage_direct(const Places<S>& places, const RankJob& job, int matrix,
                                    int unit) {
   const int i = places.thread;
   if (S::P * S::M1 / 2 < S::T && i >= S::P * S::M1 / 2) return;
   const int pair = S::kRight ? i / (S::M1 / 2) : i % S::P;
   const int c = S::kRight ? i % (S::M1 / 2) : i / S::P;
-  const RankBatch& batch = job.batch;
-  const Direct<S, G, E> from = {
-      batch, batch.gradient[matrix], std::is_void_v<E> ? nullptr : batch.residual[matrix],
-      batch.scale == nullptr ? 1 : *batch.scale, int64_t{unit} * S::kUnit + 2 * pair};
+  const Direct from = {job.batch, static_cast<const float*>(job.batch.gradient[matrix]),
+                       int64_t{unit} * S::kUnit + 2 * pair};
   const auto finish = [&](float2* x, int column) {
     Radix<S::R1>::apply(x);
 #pragma unroll
@@ -39,8 +33,8 @@ __device__ void first_stage_direct(const Places<S>& places, const RankJob& job, 
     float2 x[2][S::R1];
 #pragma unroll
     for (int j = 0; j < S::R1 / 2; ++j) {
-      from.rows(c + S::M1 * j, x[0][First::place(j)], x[1][First::place(S::R1 - 1 - j)]);
-      from.rows(S::M1 - 1 - c + S::M1 * j, x[1][First::place(j)],
+      from.rows(S::N, c + S::M1 * j, x[0][First::place(j)], x[1][First::place(S::R1 - 1 - j)]);
+      from.rows(S::N, S::M1 - 1 - c + S::M1 * j, x[1][First::place(j)],
                 x[0][First::place(S::R1 - 1 - j)]);
     }
     finish(x[0], c);
@@ -60,9 +54,10 @@ __device__ void first_stage_direct(const Places<S>& places, const RankJob& job, 
   }
 }
 
-// Columns c and M1 - 1 - c: what the words of two elements hold of either goes to both.
-template <class S, bool staged>
-__device__ void first_stage(const Places<S>& places) {
+// Columns c and M1 - 1 - c: what the words of two elements hold of either goes to both. add(word,
+// row, place in it): what becomes of a word of rows.
+template <class S, bool staged, class Add>
+__device__ void first_stage(const Places<S>& places, const Add& add) {
   const int i = places.thread;
   if (S::P * S::M1 / 2 < S::T && i >= S::P * S::M1 / 2) return;
   const int pair = S::kRight ? i / (S::M1 / 2) : i % S::P;
@@ -74,8 +69,10 @@ __device__ void first_stage(const Places<S>& places) {
     for (int j = 0; j < S::R1 / 2; ++j) {
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        words[v][0][j] = from[v * (S::N / 2) + c + S::M1 * j];
-        words[v][1][j] = from[v * (S::N / 2) + S::M1 - 1 - c + S::M1 * j];
+        for (const int side : {0, 1}) {
+          const int at = (side == 0 ? c : S::M1 - 1 - c) + S::M1 * j;
+          words[v][side][j] = add(from[v * (S::N / 2) + at], 2 * pair + v, at);
+        }
       }
     }
   }

@@ -17,6 +17,7 @@ beta1 = 0.9          # decay of the first moment
 beta2 = 0.95         # decay of the second moment
 eps = 1e-8           # added to the root of the second moment
 weight_decay = 0.1   # decoupled; norms, biases and embeddings take 0 unless a group says otherwise
+check_finite = "off" # off | skip | raise: of a step whose gradients hold an infinity or a NaN
 amsgrad = false      # divide by the largest second moment so far
 maximize = false     # climb instead of descend
 state_dtype = "fp32" # fp32 | bf16, rounded stochastically: in which moments are kept

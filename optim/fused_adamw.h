@@ -11,17 +11,18 @@
 namespace ounce::optim {
 
 struct AdamWOptions {
-  double lr = 1e-3;                         // >= 0
-  double beta1 = 0.9;                       // decay of the first moment, in [0, 1)
-  double beta2 = 0.95;                      // decay of the second moment, in [0, 1)
-  double eps = 1e-8;                        // > 0, added to the root of the second moment
-  double weight_decay = 0.1;                // >= 0, decoupled; norms, biases and embeddings take 0
-  bool amsgrad = false;                     // divide by the largest second moment so far
-  bool maximize = false;                    // climb
-  at::ScalarType state_dtype = at::kFloat;  // or kBFloat16, rounded stochastically
-  bool stochastic_rounding = true;          // of bf16 parameters; false: to nearest
-  int64_t seed = 0;                         // of that
-  std::string implementation = "auto";      // auto | fused | reference: of what is rounded
+  double lr = 1e-3;           // >= 0
+  double beta1 = 0.9;         // decay of the first moment, in [0, 1)
+  double beta2 = 0.95;        // decay of the second moment, in [0, 1)
+  double eps = 1e-8;          // > 0, added to the root of the second moment
+  double weight_decay = 0.1;  // >= 0, decoupled; norms, biases and embeddings take 0
+  CheckFinite check_finite = CheckFinite::kOff;  // of the gradients
+  bool amsgrad = false;                          // divide by the largest second moment so far
+  bool maximize = false;                         // climb
+  at::ScalarType state_dtype = at::kFloat;       // or kBFloat16, rounded stochastically
+  bool stochastic_rounding = true;               // of bf16 parameters; false: to nearest
+  int64_t seed = 0;                              // of that
+  std::string implementation = "auto";           // auto | fused | reference: of what is rounded
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
 

@@ -21,6 +21,8 @@ struct FusedTensor {
   at::Tensor step;                 // fp32 scalar, counted by the step
   uint64_t seed = 0;               // of stochastic rounding
   at::Tensor indices;              // [rank] int32, of low_rank() alone
+  // Error feedback, of low_rank() alone: fp32, bf16, or int8 with scales as in int8_blocks.h.
+  at::Tensor residual, residual_scales;
 };
 
 struct FusedSettings {
@@ -74,9 +76,10 @@ class FusedSteps {
   // Tensors of the same dtypes.
   void adamw(const std::vector<FusedTensor>& tensors, const FusedSettings& settings);
   // Matrices of the same shape, rank and dtypes. Products take bf16 operands: fp32 gradients are
-  // rounded first. Scratch: up to 256 MiB, or one matrix's; a basis of each size stays. Where it
-  // chooses and measures: fp32 [matrices, 3], the square sums of what the columns hold of the
-  // gradient and of the gradient, and how many columns are new. Else undefined.
+  // rounded first, and so are the sums of gradients and residuals. Scratch: up to 512 MiB, or one
+  // matrix's; a basis of each size stays. Where it chooses and measures: fp32 [matrices, 3], the
+  // square sums of what the columns hold of the gradient and of the gradient, and how many columns
+  // are new. Else undefined.
   at::Tensor low_rank(const std::vector<FusedTensor>& tensors, const FusedLowRank& how,
                       const FusedSettings& settings);
 

@@ -14,7 +14,12 @@ bool FusedSteps::takes(const FusedTensor& t) {
 }
 
 bool FusedSteps::takes(const FusedTensor& t, const FusedLowRank& how) {
-  return takes(t) && projects(t.parameter, how.basis, how.transposed, t.indices.size(0));
+  const auto& e = t.residual;
+  return takes(t) && projects(t.parameter, how.basis, how.transposed, t.indices.size(0)) &&
+         (!e.defined() || (e.is_contiguous() && is_aligned(e))) &&
+         (!t.residual_scales.defined() ||
+          (t.residual_scales.is_contiguous() && is_aligned(t.residual_scales) &&
+           e.numel() / e.size(0) % 16 == 0));
 }
 
 void FusedSteps::count(const std::vector<Tensor>& steps, const FusedSettings& s) {
@@ -90,26 +95,108 @@ void FusedSteps::adamw(const std::vector<FusedTensor>& tensors, const FusedSetti
   impl_->count(steps, s.skip);
 }
 
-Choice FusedSteps::Impl::choose(const LowRankShape& shape, const Tensor& key,
-                                const std::vector<Tensor>& matrices, Basis basis, int64_t norm,
+namespace {
+
+// Without what lies on the device.
+RankBatch like(const LowRankShape& shape, const std::vector<Tensor>& matrices) {
+  return {.count = shape.count,
+          .rows = shape.rows,
+          .columns = shape.columns,
+          .right = shape.right,
+          .gradient_is_fp32 = matrices[0].scalar_type() == at::kFloat,
+          .aligned = std::all_of(matrices.begin(), matrices.end(), is_aligned)};
+}
+
+}  // namespace
+
+RankBatch FusedSteps::Impl::batch_of(const LowRankShape& shape, const Tensor& key,
+                                     const std::vector<Tensor>& matrices) {
+  std::vector<const void*> pointers;
+  for (const auto& matrix : matrices) pointers.push_back(matrix.const_data_ptr());
+  auto batch = like(shape, matrices);
+  batch.gradient =
+      table(key, Use::kRank).upload<const void*>(pointers, key.device(), [&] { return pointers; });
+  return batch;
+}
+
+FusedSteps::Impl::Sums FusedSteps::Impl::add(const LowRankShape& shape,
+                                             const std::vector<FusedMomentum>& matrices,
+                                             const std::vector<Tensor>& scales, Basis basis,
+                                             int64_t norm, bool ranked, uint64_t seed,
+                                             const FusedSettings& s) {
+  const auto& first = matrices[0].momentum;
+  const auto type = first.scalar_type();
+  Sums sums;
+  Tensor scratch;
+  if (type != at::kBFloat16) {
+    scratch =
+        at::empty({shape.count, shape.rows, shape.columns}, first.options().dtype(at::kBFloat16));
+    sums.all = scratch.unbind(0);
+  }
+  std::vector<Tensor> gradients;
+  for (const auto& m : matrices) {
+    gradients.push_back(m.gradient.contiguous());
+    if (!scratch.defined()) sums.all.push_back(m.momentum);
+  }
+  const auto upload = [&]<class Entry>(Use use, const auto& entry_of) {
+    std::vector<const void*> pointers;
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      for (const Tensor* part : std::initializer_list<const Tensor*>{
+               &matrices[i].momentum, &gradients[i], &sums.all[i], &matrices[i].step}) {
+        pointers.push_back(part->const_data_ptr());
+      }
+    }
+    return table(first, use).upload<Entry>(pointers, first.device(), [&] {
+      std::vector<Entry> entries;
+      for (size_t i = 0; i < matrices.size(); ++i) entries.push_back(entry_of(i));
+      return entries;
+    });
+  };
+  const auto scales_of = [&](size_t i) { return scales.empty() ? nullptr : floats(scales[i]); };
+  if (ranked && type != at::kFloat &&
+      can_add(rank_basis(basis), like(shape, gradients), norm == 1)) {
+    sums.batch = batch_of(shape, first, gradients);
+    sums.batch.addends = upload.operator()<RankAddend>(Use::kAdd, [&](size_t i) -> RankAddend {
+      return {.e = matrices[i].momentum.const_data_ptr(),
+              .scales = scales_of(i),
+              .sum = sums.all[i].data_ptr(),
+              .step = floats(matrices[i].step),
+              .seed = matrices[i].seed + seed};
+    });
+    sums.batch.addends_are_int8 = type == at::kChar;
+    sums.batch.scale = floats(s.grad_scale);
+    sums.batch.skip = floats(s.skip);
+    return sums;
+  }
+  if (type == at::kChar) {
+    const int each = blocks_of_chunks(shape.rows * shape.columns);
+    const auto* table =
+        upload.operator()<FeedbackTensor>(Use::kMomentum, [&](size_t i) -> FeedbackTensor {
+          return {.residual = matrices[i].momentum.const_data_ptr<int8_t>(),
+                  .scales = scales_of(i),
+                  .gradient = gradients[i].const_data_ptr(),
+                  .sum = sums.all[i].data_ptr(),
+                  .count = shape.rows * shape.columns,
+                  .first_block = static_cast<int>(i) * each};
+        });
+    C10_CUDA_CHECK(feed_back({.tensors = table,
+                              .count = shape.count,
+                              .blocks = shape.count * each,
+                              .gradients_are_fp32 = gradients[0].scalar_type() == at::kFloat,
+                              .columns = static_cast<uint32_t>(shape.columns),
+                              .scale = floats(s.grad_scale)},
+                             c10::cuda::getCurrentCUDAStream()));
+  } else {
+    add_gradients(matrices, s, 1, false, seed, scratch);
+  }
+  if (ranked) sums.batch = batch_of(shape, first, sums.all);
+  return sums;
+}
+
+Choice FusedSteps::Impl::choose(const LowRankShape& shape, const RankBatch& batch,
+                                const at::Device& device, Basis basis, int64_t norm,
                                 const Tensor& previous, bool rotates, const Tensor& skip) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  std::vector<const void*> pointers;
-  bool aligned = true;
-  for (const auto& matrix : matrices) {
-    pointers.push_back(matrix.const_data_ptr());
-    aligned = aligned && is_aligned(matrix);
-  }
-  const auto device = matrices[0].device();
-  const RankBatch batch = {
-      .count = shape.count,
-      .rows = shape.rows,
-      .columns = shape.columns,
-      .right = shape.right,
-      .gradient =
-          table(key, Use::kRank).upload<const void*>(pointers, device, [&] { return pointers; }),
-      .gradient_is_fp32 = matrices[0].scalar_type() == at::kFloat,
-      .aligned = aligned};
   const auto processors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
   const auto fp32 = at::TensorOptions(at::kFloat).device(device);
   const auto of_columns = [&] { return at::empty({shape.count, shape.n()}, fp32); };
@@ -155,24 +242,30 @@ void FusedSteps::Impl::gather(const LowRankShape& shape, Basis basis, Choice& ch
 void FusedSteps::Impl::backproject(const LowRankShape& shape, const std::vector<Tensor>& parameters,
                                    const Tensor& u, const Tensor& q,
                                    const std::vector<Tensor>& steps,
-                                   const std::vector<uint64_t>& seeds, const Update& update) {
-  const auto element = element_of(parameters[0]);
+                                   const std::vector<uint64_t>& seeds, const Update& update,
+                                   const Narrow& narrow) {
+  const auto& to = narrow.bytes.empty() ? parameters : narrow.bytes;
+  const auto element = element_of(to[0]);
   std::vector<const void*> pointers = {u.const_data_ptr(), q.const_data_ptr()};
   for (const auto& parameter : parameters) pointers.push_back(parameter.const_data_ptr());
-  const auto* matrices = table(parameters[0], Use::kBackproject)
-                             .upload<BackprojectMatrix>(pointers, parameters[0].device(), [&] {
-                               std::vector<BackprojectMatrix> entries(parameters.size());
-                               for (size_t i = 0; i < parameters.size(); ++i) {
-                                 C10_CUDA_CHECK(fill(shape, element,
-                                                     {.p = parameters[i].data_ptr(),
-                                                      .u = row(u, i),
-                                                      .q = row(q, i),
-                                                      .step = floats(steps[i]),
-                                                      .seed = seeds[i]},
-                                                     &entries[i]));
-                               }
-                               return entries;
-                             });
+  const auto* matrices =
+      table(to[0], Use::kBackproject)
+          .upload<BackprojectMatrix>(pointers, parameters[0].device(), [&] {
+            std::vector<BackprojectMatrix> entries(parameters.size());
+            for (size_t i = 0; i < parameters.size(); ++i) {
+              C10_CUDA_CHECK(fill(
+                  shape, element,
+                  {.p = parameters[i].data_ptr(),
+                   .u = row(u, i),
+                   .q = row(q, i),
+                   .step = floats(steps[i]),
+                   .seed = seeds[i],
+                   .out = to[i].data_ptr(),
+                   .scales = narrow.bytes.empty() ? nullptr : narrow.scales[i].data_ptr<float>()},
+                  &entries[i]));
+            }
+            return entries;
+          });
   C10_CUDA_CHECK(optim::backproject({.shape = shape,
                                      .p = element,
                                      .rounding = update.rounding,
@@ -187,25 +280,26 @@ void FusedSteps::Impl::backproject(const LowRankShape& shape, const std::vector<
 
 namespace {
 
-// Adam on the projections: m, v in place -> u [count, longer, rank].
+// Adam on the projections of bf16 matrices times `scale`: m, v in place -> u [count, longer, rank];
+// their projections go to `a`, where it is defined.
 Tensor project_adam(FusedSteps::Impl& impl, const LowRankShape& shape,
-                    const std::vector<FusedTensor>& tensors, const FusedLowRank& how,
-                    const FusedSettings& s, const Choice& choice) {
-  auto u = at::empty({shape.count, shape.longer(), shape.rank}, choice.q.options());
-  const ProjectHow form = {.state = element_of(tensors[0].exp_avg)};
+                    const std::vector<FusedTensor>& tensors, const std::vector<Tensor>& projected,
+                    const Tensor& scale, const FusedLowRank& how, const FusedSettings& s,
+                    const Choice& choice, const Tensor& a) {
+  const auto u = at::empty({shape.count, shape.longer(), shape.rank}, choice.q.options());
+  const ProjectHow form = {.state = element_of(tensors[0].exp_avg), .keep_a = a.defined()};
   const bool fresh = choice.source.defined() && how.estimate_fresh_columns;
-  std::vector<Tensor> rounded;
   std::vector<ProjectTensors> all;
   std::vector<const void*> pointers;
-  for (const auto& part : {u, choice.q, choice.indices, choice.source, choice.squares}) {
+  for (const auto& part : {u, a, choice.q, choice.indices, choice.source, choice.squares}) {
     pointers.push_back(part.defined() ? part.const_data_ptr() : nullptr);
   }
   for (size_t i = 0; i < tensors.size(); ++i) {
     const auto& t = tensors[i];
-    rounded.push_back(t.gradient.to(at::kBFloat16));
-    all.push_back({.gradient = rounded[i].const_data_ptr(),
+    all.push_back({.gradient = projected[i].const_data_ptr(),
                    .q = row(choice.q, i),
                    .out = row(u, i),
+                   .a = row(a, i),
                    .m = t.exp_avg.data_ptr(),
                    .v = t.exp_avg_sq.data_ptr(),
                    .step = floats(t.step),
@@ -229,7 +323,7 @@ Tensor project_adam(FusedSteps::Impl& impl, const LowRankShape& shape,
   C10_CUDA_CHECK(project({.shape = shape,
                           .how = form,
                           .matrices = matrices,
-                          .scale = floats(s.grad_scale),
+                          .scale = floats(scale),
                           .skip = floats(s.skip),
                           .beta1 = s.beta1,
                           .beta2 = s.beta2,
@@ -239,42 +333,69 @@ Tensor project_adam(FusedSteps::Impl& impl, const LowRankShape& shape,
 }
 
 // [count, 3]
-Tensor measure(const Choice& choice, const FusedSettings& s) {
+Tensor measure(const Choice& choice, const Tensor& scale) {
   auto all = choice.squares.sum(1);
   auto held = choice.squares.gather(1, choice.indices.to(at::kLong)).sum(1);
-  if (s.grad_scale.defined()) {
-    all = all * s.grad_scale.square();
-    held = held * s.grad_scale.square();
+  if (scale.defined()) {
+    all = all * scale.square();
+    held = held * scale.square();
   }
   return at::stack({held, all, choice.source.lt(0).sum(1).to(at::kFloat)}, 1);
 }
 
+// indices: of the matrices, [count, rank], in place.
 Tensor low_rank_batch(FusedSteps::Impl& impl, const std::vector<FusedTensor>& tensors,
-                      const FusedLowRank& how, const FusedSettings& s) {
+                      const Tensor& indices, const FusedLowRank& how, const FusedSettings& s) {
   const auto& first = tensors[0].parameter;
   const auto shape = shape_of(first, how.transposed, tensors[0].indices.size(0), tensors.size());
-  std::vector<Tensor> parameters, gradients, indices, steps;
-  std::vector<uint64_t> seeds;
+  const bool feeds_back = tensors[0].residual.defined();
+  std::vector<Tensor> parameters, gradients, steps;
+  std::vector<uint64_t> seeds, residual_seeds;
+  std::vector<FusedMomentum> fed_back;
+  FusedSteps::Impl::Narrow residuals;
   for (const auto& t : tensors) {
     parameters.push_back(t.parameter);
     gradients.push_back(t.gradient);
-    indices.push_back(t.indices);
     steps.push_back(t.step);
     seeds.push_back(t.seed);
+    residual_seeds.push_back(t.seed + kResidualSeed);
+    if (!feeds_back) continue;
+    fed_back.push_back({{}, t.gradient, t.residual, t.step, t.seed});
+    residuals.bytes.push_back(t.residual);
+    if (t.residual_scales.defined()) residuals.scales.push_back(t.residual_scales);
   }
-  Choice choice{.indices = at::stack(indices)};
+  // What is projected, times what.
+  FusedSteps::Impl::Sums x;
+  const auto scale = feeds_back ? Tensor() : s.grad_scale;
+  if (feeds_back) {
+    x = impl.add(shape, fed_back, residuals.scales, how.basis, how.norm, how.chooses,
+                 kResidualSumSeed, s);
+  } else if (how.chooses) {
+    x.batch = impl.batch_of(shape, first, gradients);
+  }
+  Choice choice{.indices = indices};
   Tensor measured;
   if (how.chooses) {
-    choice = impl.choose(shape, first, gradients, how.basis, how.norm, choice.indices,
+    choice = impl.choose(shape, x.batch, first.device(), how.basis, how.norm, indices,
                          how.rotate || how.measures, s.skip);
-    at::_foreach_copy_(indices, choice.indices.unbind(0));
-    if (how.measures) measured = measure(choice, s);
+    if (how.measures) measured = measure(choice, scale);
     if (!how.rotate) choice.source = Tensor();
   }
   impl.gather(shape, how.basis, choice);
-  const auto u = project_adam(impl, shape, tensors, how, s, choice);
+  if (!feeds_back) {
+    for (const auto& gradient : gradients) x.all.push_back(gradient.to(at::kBFloat16));
+  }
+  const auto a = feeds_back
+                     ? at::empty({shape.count, shape.longer(), shape.rank}, choice.q.options())
+                     : Tensor();
+  const auto u = project_adam(impl, shape, tensors, x.all, scale, how, s, choice, a);
+  if (feeds_back) {
+    const bool narrow = !residuals.scales.empty();
+    impl.backproject(shape, narrow ? x.all : residuals.bytes, a, choice.q, steps, residual_seeds,
+                     {.keep = 1, .skip = s.skip, .rounding = Rounding::kStochastic},
+                     narrow ? residuals : FusedSteps::Impl::Narrow());
+  }
   impl.backproject(shape, parameters, u, choice.q, steps, seeds, FusedSteps::Impl::step_of(s, 1));
-  impl.count(steps, s.skip);
   return measured;
 }
 
@@ -288,14 +409,27 @@ Tensor FusedSteps::low_rank(const std::vector<FusedTensor>& given, const FusedLo
   for (auto& t : tensors) t.gradient = read_by_boxes(t.gradient);
   const auto& first = tensors[0];
   const auto rows = first.parameter.size(0), columns = first.parameter.numel() / rows;
-  const auto copy = first.parameter.scalar_type() == at::kFloat ? rows * columns : 0;
-  std::vector<Tensor> all;
-  each_batch(tensors, 2 * ((rows + columns) * first.indices.size(0) + copy),
-             [&](const auto& batch) {
-               const auto measured = low_rank_batch(*impl_, batch, how, s);
-               if (measured.defined()) all.push_back(measured);
-             });
-  return all.empty() ? Tensor() : at::cat(all);
+  const auto& e = first.residual;
+  const bool copies =
+      e.defined() ? e.scalar_type() != at::kBFloat16 : first.parameter.scalar_type() == at::kFloat;
+  const auto longer = std::max(rows, columns), rank = first.indices.size(0);
+  const auto low = rows + columns + (e.defined() ? longer : 0);
+  std::vector<Tensor> indices, steps, measured;
+  for (const auto& t : tensors) {
+    indices.push_back(t.indices);
+    steps.push_back(t.step);
+  }
+  const auto chosen = at::stack(indices);
+  int64_t done = 0;
+  const auto most = most_at_once(2 * (low * rank + (copies ? rows * columns : 0)));
+  each_batch(tensors, most, [&](const auto& batch) {
+    const auto count = static_cast<int64_t>(batch.size());
+    measured.push_back(low_rank_batch(*impl_, batch, chosen.narrow(0, done, count), how, s));
+    done += count;
+  });
+  if (how.chooses) at::_foreach_copy_(indices, chosen.unbind(0));
+  impl_->count(steps, s.skip);
+  return measured[0].defined() ? at::cat(measured) : Tensor();
 }
 
 }  // namespace ounce::optim

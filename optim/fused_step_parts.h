@@ -11,6 +11,7 @@
 #include <ounce/optim/dct_rank_kernels.h>
 #include <ounce/optim/fused_step.h>
 #include <ounce/optim/lowrank_kernels.h>
+#include <ounce/optim/momentum_kernels.h>
 
 #include <algorithm>
 #include <cstring>
@@ -22,7 +23,7 @@ namespace ounce::optim {
 
 using at::Tensor;
 
-inline constexpr int64_t kScratchBytes = int64_t{256} << 20;
+inline constexpr int64_t kScratchBytes = int64_t{512} << 20;
 
 inline bool is_hopper(const at::Device& device) {
   return device.is_cuda() && at::cuda::getDeviceProperties(device.index())->major == 9;
@@ -36,7 +37,9 @@ inline const float* floats(const Tensor& t) {
 }
 
 inline Element element_of(const Tensor& t) {
-  return t.scalar_type() == at::kFloat ? Element::kFp32 : Element::kBf16;
+  return t.scalar_type() == at::kFloat  ? Element::kFp32
+         : t.scalar_type() == at::kChar ? Element::kInt8
+                                        : Element::kBf16;
 }
 inline RankBasis rank_basis(Basis basis) {
   return basis == Basis::kIdentity ? RankBasis::kIdentity : RankBasis::kDct2;
@@ -55,10 +58,12 @@ inline Tensor read_by_boxes(const Tensor& gradient) {
   return is_aligned(whole) ? whole : whole.clone();
 }
 
-// f(some of `all`), so that their scratch, `bytes` each, stays within its limit.
+// So many matrices' scratch, `bytes` each, stays within its limit.
+inline int64_t most_at_once(int64_t bytes) { return std::max<int64_t>(1, kScratchBytes / bytes); }
+
+// f(at most so many of `all`)
 template <class T, class F>
-void each_batch(const std::vector<T>& all, int64_t bytes, const F& f) {
-  const auto most = std::max<int64_t>(1, kScratchBytes / bytes);
+void each_batch(const std::vector<T>& all, int64_t most, const F& f) {
   for (auto from = all.begin(); from < all.end();) {
     const auto end = from + std::min<int64_t>(most, all.end() - from);
     f(std::vector<T>(from, end));
@@ -130,15 +135,29 @@ inline bool projects(const Tensor& parameter, Basis basis, bool transposed, int6
 
 struct FusedSteps::Impl {
   // Tables by the first tensor's memory and by what they are for.
-  enum class Use { kCount, kAdam, kRank, kProject, kBackproject, kMomentum, kMove };
+  enum class Use { kCount, kAdam, kRank, kAdd, kProject, kBackproject, kMomentum, kMove };
   std::map<std::pair<const void*, Use>, Table> tables;
   std::map<std::tuple<Basis, int64_t, int>, Tensor> bases;  // of a device
 
   Table& table(const Tensor& first, Use use) { return tables[{first.const_data_ptr(), use}]; }
 
-  // The largest columns of the matrices, fp32 or bf16; `key` is the same at every step. previous:
-  // [count, rank], or undefined; with it and `rotates` the source too.
-  Choice choose(const LowRankShape& shape, const Tensor& key, const std::vector<Tensor>& matrices,
+  // What is ranked of matrices, fp32 or bf16; `key` is the same at every step.
+  RankBatch batch_of(const LowRankShape& shape, const Tensor& key,
+                     const std::vector<Tensor>& matrices);
+  // momentum = keep (momentum + gradient), and the directions [count, ...] where they are defined.
+  void add_gradients(const std::vector<FusedMomentum>& matrices, const FusedSettings& s,
+                     double keep, bool nesterov, uint64_t seed, const Tensor& directions);
+  // Gradients are added to momenta, of int8 (with `scales`) elsewhere.
+  struct Sums {
+    std::vector<Tensor> all;  // bf16; written by rank() where batch.addends is not null
+    RankBatch batch;          // of them, where they are ranked
+  };
+  Sums add(const LowRankShape& shape, const std::vector<FusedMomentum>& matrices,
+           const std::vector<Tensor>& scales, Basis basis, int64_t norm, bool ranked, uint64_t seed,
+           const FusedSettings& s);
+  // The largest columns. previous: [count, rank], or undefined; with it and `rotates` the source
+  // too.
+  Choice choose(const LowRankShape& shape, const RankBatch& batch, const at::Device& device,
                 Basis basis, int64_t norm, const Tensor& previous, bool rotates,
                 const Tensor& skip);
   // indices -> q
@@ -157,10 +176,15 @@ struct FusedSteps::Impl {
             .skip = s.skip,
             .rounding = s.stochastic_rounding ? Rounding::kStochastic : Rounding::kNearest};
   }
+  // Where p goes to instead, in 8 bits.
+  struct Narrow {
+    std::vector<Tensor> bytes, scales;
+  };
   // seeds, steps: of each.
   void backproject(const LowRankShape& shape, const std::vector<Tensor>& parameters,
                    const Tensor& u, const Tensor& q, const std::vector<Tensor>& steps,
-                   const std::vector<uint64_t>& seeds, const Update& update);
+                   const std::vector<uint64_t>& seeds, const Update& update,
+                   const Narrow& narrow = {});
   void count(const std::vector<Tensor>& steps, const Tensor& skip);
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <ounce/optim/fused_step_parts.h>
-#include <ounce/optim/momentum_kernels.h>
+#include <ounce/optim/product_kernels.h>
 
 namespace ounce::optim {
 
@@ -8,9 +8,10 @@ namespace {
 
 using Impl = FusedSteps::Impl;
 
-// momentum = keep (momentum + gradient), and the directions [count, ...] where they are defined.
-void add_gradients(Impl& impl, const std::vector<FusedMomentum>& matrices, const FusedSettings& s,
-                   double keep, bool nesterov, uint64_t seed, const Tensor& directions) {
+}  // namespace
+
+void Impl::add_gradients(const std::vector<FusedMomentum>& matrices, const FusedSettings& s,
+                         double keep, bool nesterov, uint64_t seed, const Tensor& directions) {
   std::vector<Tensor> gradients;
   std::vector<const void*> pointers = {directions.defined() ? directions.const_data_ptr()
                                                             : nullptr};
@@ -22,7 +23,7 @@ void add_gradients(Impl& impl, const std::vector<FusedMomentum>& matrices, const
     }
   }
   const int each = blocks_of_chunks(matrices[0].momentum.numel());
-  const auto* table = impl.table(matrices[0].momentum, Impl::Use::kMomentum)
+  const auto* table = this->table(matrices[0].momentum, Use::kMomentum)
                           .upload<MomentumTensor>(pointers, matrices[0].momentum.device(), [&] {
                             std::vector<MomentumTensor> all;
                             for (size_t i = 0; i < matrices.size(); ++i) {
@@ -53,6 +54,8 @@ void add_gradients(Impl& impl, const std::vector<FusedMomentum>& matrices, const
                        .skip = floats(s.skip)},
                       c10::cuda::getCurrentCUDAStream()));
 }
+
+namespace {
 
 // Along directions [count, rows, columns] bf16.
 void move_all(Impl& impl, const std::vector<FusedMomentum>& matrices, const Tensor& directions,
@@ -91,34 +94,51 @@ void move_all(Impl& impl, const std::vector<FusedMomentum>& matrices, const Tens
                   c10::cuda::getCurrentCUDAStream()));
 }
 
+// Up to `most`, so that the products of Newton-Schulz leave the fewest multiprocessors idle.
+int64_t best_count(int64_t rows, int64_t columns, int64_t most) {
+  const auto processors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+  const auto n = std::min(rows, columns), longer = std::max(rows, columns);
+  const auto turns = [&](int64_t count) {
+    const auto of = [&](int64_t height, int64_t width, int64_t inner, bool symmetric) {
+      return turns_of({.count = count, .m = height, .n = width, .k = inner, .symmetric = symmetric},
+                      processors);
+    };
+    return of(n, n, longer, true) + of(n, n, n, true) + of(rows, columns, n, false);
+  };
+  int64_t best = 1;
+  for (int64_t count = 2; count <= most; ++count) {
+    if (turns(count) * static_cast<double>(best) <= turns(best) * static_cast<double>(count)) {
+      best = count;
+    }
+  }
+  return best;
+}
+
 void full_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, const FusedTrion& how,
                     const FusedSettings& s) {
   const auto& first = matrices[0].parameter;
   const auto rows = first.size(0), columns = first.numel() / rows;
-  const auto directions = at::empty({static_cast<int64_t>(matrices.size()), rows, columns},
-                                    first.options().dtype(at::kBFloat16));
-  add_gradients(impl, matrices, s, how.momentum, how.nesterov, kExpAvgSeed, directions);
-  move_all(impl, matrices, newton_schulz(directions, how.ns_steps, how.iteration), s, how.factor);
+  auto directions = at::empty({static_cast<int64_t>(matrices.size()), rows, columns},
+                              first.options().dtype(at::kBFloat16));
+  impl.add_gradients(matrices, s, how.momentum, how.nesterov, kExpAvgSeed, directions);
+  move_all(impl, matrices, newton_schulz(std::move(directions), how.ns_steps, how.iteration), s,
+           how.factor);
 }
 
-// b = x q^T, [count, longer, rank] bf16
-Tensor project_all(Impl& impl, const LowRankShape& shape, const std::vector<Tensor>& matrices,
-                   const Choice& choice, const Tensor& skip) {
+// b = x q^T, [count, longer, rank] bf16, of bf16 matrices
+Tensor project_all(Impl& impl, const LowRankShape& shape, const Tensor& key,
+                   const std::vector<Tensor>& matrices, const Choice& choice, const Tensor& skip) {
   auto b = at::empty({shape.count, shape.longer(), shape.rank}, choice.q.options());
-  std::vector<Tensor> rounded;
   std::vector<const void*> pointers = {b.const_data_ptr(), choice.q.const_data_ptr()};
-  for (const auto& matrix : matrices) {
-    rounded.push_back(matrix.to(at::kBFloat16));
-    pointers.push_back(rounded.back().const_data_ptr());
-  }
+  for (const auto& matrix : matrices) pointers.push_back(matrix.const_data_ptr());
   const ProjectHow form = {.adam = false};
   const auto* table =
-      impl.table(matrices[0], Impl::Use::kProject).upload<ProjectMatrix>(pointers, b.device(), [&] {
+      impl.table(key, Impl::Use::kProject).upload<ProjectMatrix>(pointers, b.device(), [&] {
         std::vector<ProjectMatrix> entries(matrices.size());
         for (size_t i = 0; i < matrices.size(); ++i) {
           C10_CUDA_CHECK(fill(
               shape, form,
-              {.gradient = rounded[i].const_data_ptr(), .q = row(choice.q, i), .out = row(b, i)},
+              {.gradient = matrices[i].const_data_ptr(), .q = row(choice.q, i), .out = row(b, i)},
               &entries[i]));
         }
         return entries;
@@ -142,15 +162,15 @@ void low_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, const
     momentum_seeds.push_back(m.seed + kExpAvgSeed);
   }
   // The momentum is rounded twice, by different bits.
-  add_gradients(impl, matrices, s, 1, false, kExpAvgSqSeed, {});
-  auto choice = impl.choose(shape, first, momenta, how.basis, how.norm, {}, false, {});
+  const auto sums = impl.add(shape, matrices, {}, how.basis, how.norm, true, kExpAvgSqSeed, s);
+  auto choice = impl.choose(shape, sums.batch, first.device(), how.basis, how.norm, {}, false, {});
   impl.gather(shape, how.basis, choice);
-  const auto b = project_all(impl, shape, momenta, choice, s.skip);
+  auto b = project_all(impl, shape, first, sums.all, choice, s.skip);
   impl.backproject(shape, momenta, b, choice.q, steps, momentum_seeds,
                    {.factor = static_cast<float>(1 - how.momentum),
                     .skip = s.skip,
                     .rounding = Rounding::kStochastic});
-  const auto u = newton_schulz(b, how.ns_steps, how.iteration);
+  const auto u = newton_schulz(std::move(b), how.ns_steps, how.iteration);
   impl.backproject(shape, parameters, u, choice.q, steps, seeds, Impl::step_of(s, how.factor));
 }
 
@@ -170,14 +190,18 @@ void FusedSteps::trion(const std::vector<FusedMomentum>& matrices, const FusedTr
   const c10::cuda::CUDAGuard guard(matrices[0].parameter.device());
   const auto& first = matrices[0];
   const auto rows = first.parameter.size(0), columns = first.parameter.numel() / rows;
-  // The directions, and what their iteration holds beside them.
-  const auto full =
-      2 * (2 * rows * columns + 2 * std::min(rows, columns) * std::min(rows, columns));
+  const auto n = std::min(rows, columns), longer = std::max(rows, columns);
+  if (how.rank == 0) {
+    // Directions before and after, and four Gram matrices.
+    const auto most = most_at_once(2 * (2 * rows * columns + 4 * n * n));
+    each_batch(matrices, best_count(rows, columns, most),
+               [&](const auto& batch) { full_rank_step(*impl_, batch, how, s); });
+    return;
+  }
   const auto copy = first.momentum.scalar_type() == at::kFloat ? rows * columns : 0;
-  const auto low = 2 * ((3 * std::max(rows, columns) + columns) * how.rank + copy);
-  each_batch(matrices, how.rank == 0 ? full : low, [&](const auto& batch) {
-    how.rank == 0 ? full_rank_step(*impl_, batch, how, s) : low_rank_step(*impl_, batch, how, s);
-  });
+  const auto low = 2 * ((3 * longer + columns + 4 * how.rank) * how.rank + copy);
+  each_batch(matrices, most_at_once(low),
+             [&](const auto& batch) { low_rank_step(*impl_, batch, how, s); });
 }
 
 }  // namespace ounce::optim

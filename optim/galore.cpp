@@ -19,6 +19,7 @@ beta1 = 0.9             # decay of the first moment
 beta2 = 0.999           # decay of the second moment
 eps = 1e-8              # added to the root of the second moment
 weight_decay = 0.0      # decoupled; norms, biases and embeddings take 0 unless a group says otherwise
+check_finite = "off"    # off | skip | raise: of a step whose gradients hold an infinity or a NaN
 rank = 128              # columns kept of the smaller side
 rank_fraction = 0.0     # that share of it instead; 0 = rank
 update_interval = 200   # gradients between choices of the subspace

@@ -19,15 +19,16 @@ enum class Subspace {
 };
 
 struct GaLoreOptions {
-  double lr = 0.01;               // >= 0
-  double beta1 = 0.9;             // in [0, 1)
-  double beta2 = 0.999;           // in [0, 1)
-  double eps = 1e-8;              // > 0
-  double weight_decay = 0;        // >= 0, decoupled; norms, biases and embeddings take 0
-  int64_t rank = 128;             // columns kept of the smaller side
-  double rank_fraction = 0;       // in (0, 1]: that share of it instead; 0 = rank
-  int64_t update_interval = 200;  // gradients between choices of the subspace
-  double scale = 0.25;            // >= 0, of the projected step
+  double lr = 0.01;         // >= 0
+  double beta1 = 0.9;       // in [0, 1)
+  double beta2 = 0.999;     // in [0, 1)
+  double eps = 1e-8;        // > 0
+  double weight_decay = 0;  // >= 0, decoupled; norms, biases and embeddings take 0
+  CheckFinite check_finite = CheckFinite::kOff;  // of the gradients
+  int64_t rank = 128;                            // columns kept of the smaller side
+  double rank_fraction = 0;                      // in (0, 1]: that share of it instead; 0 = rank
+  int64_t update_interval = 200;                 // gradients between choices of the subspace
+  double scale = 0.25;                           // >= 0, of the projected step
   Subspace subspace = Subspace::kSvd;
   Side side = Side::kAuto;  // which side is projected; auto: the smaller
   bool project = true;      // false: AdamW

@@ -4,12 +4,11 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ounce/optim/rounding_streams.h>
 
 #include <utility>
 
 namespace ounce::optim {
-
-constexpr int64_t kInt8Block = 128;
 
 inline int64_t int8_blocks(int64_t columns) { return (columns + kInt8Block - 1) / kInt8Block; }
 

@@ -324,6 +324,78 @@ void check_backproject(const LowRankShape& s, Rounding rounding, bool with_lr, b
   cudaFree(matrices);
 }
 
+// p - u q in 8 bits, which leaves p.
+void check_narrow(const LowRankShape& s, bool skip, bool poisoned) {
+  const int64_t longer = s.longer(), n = s.n(), r = s.rank, blocks = (s.columns + 127) / 128;
+  Batch<bf16> p(s.count, s.rows * s.columns, [](int64_t i) { return noise(i, 1); });
+  Batch<bf16> u(s.count, longer * r, [](int64_t i) { return noise(i, 2); });
+  Batch<bf16> q(s.count, r * n,
+                [&](int64_t i) { return noise(i, 3) / std::sqrt(static_cast<float>(n)); });
+  Batch<float> scales(s.count, s.rows * blocks, [](int64_t) { return -1; });
+  const int64_t stride = (s.rows * s.columns + 15) / 16 * 16 + 64;
+  std::vector<int8_t> bytes(stride * s.count, 99);
+  auto* out = allocate<int8_t>(stride * s.count);
+  CHECK(cudaMemcpy(out, bytes.data(), bytes.size(), cudaMemcpyHostToDevice));
+  if (poisoned) {
+    p.host[64 + 3] = bf16(NAN);
+    p.push();
+  }
+  Batch<float> skips(1, 1, [&](int64_t) { return skip ? 1 : 0; });
+  std::vector<BackprojectMatrix> host(s.count);
+  for (int i = 0; i < s.count; ++i) {
+    CHECK(fill(s, Element::kInt8,
+               {p.at(i), u.at(i), q.at(i), nullptr, 0, out + i * stride, scales.at(i)}, &host[i]));
+  }
+  auto* matrices = allocate<BackprojectMatrix>(s.count);
+  CHECK(cudaMemcpy(matrices, host.data(), sizeof(host[0]) * s.count, cudaMemcpyHostToDevice));
+  Backproject call{s, Element::kInt8, Rounding::kNearest, matrices};
+  call.skip = skips.at(0);
+  run_captured([&](cudaStream_t stream) { return backproject(call, stream); });
+  p.same("p");
+  CHECK(cudaMemcpy(bytes.data(), out, bytes.size(), cudaMemcpyDeviceToHost));
+  cudaFree(out);
+  cudaFree(matrices);
+  if (skip) {
+    scales.same("scales");
+    failed |= std::any_of(bytes.begin(), bytes.end(), [](int8_t x) { return x != 99; });
+    return;
+  }
+  std::vector<double> largest;
+  const auto got = scales.pull();
+  double worst = 0;
+  int64_t stray = 0;
+  bool kept = false;
+  for (int i = 0; i < s.count; ++i) {
+    std::vector<double> x(s.rows * s.columns);
+    std::vector<double> most(s.rows * blocks);
+    for (int64_t k = 0; k < s.rows * s.columns; ++k) {
+      const int64_t row = k / s.columns, column = k % s.columns;
+      const int64_t outer = s.right ? row : column, inner = s.right ? column : row;
+      x[k] = static_cast<float>(p.of(i)[k]);
+      for (int64_t j = 0; j < r; ++j) {
+        x[k] -= static_cast<double>(static_cast<float>(u.of(i)[outer * r + j])) *
+                static_cast<float>(q.of(i)[j * n + inner]);
+      }
+      double& of = most[row * blocks + column / 128];
+      of = std::max(of, std::fabs(x[k]));
+    }
+    for (int64_t k = 0; k < s.rows * s.columns; ++k) {
+      const int64_t block = k / s.columns * blocks + k % s.columns / 128;
+      const float scale = got[64 + i * scales.stride + block];
+      if (poisoned && i == 0 && block == 0) {
+        kept = std::isnan(scale);
+        continue;
+      }
+      worst = std::max(worst, std::fabs(scale * bytes[i * stride + k] - x[k]) / scale);
+    }
+    for (int64_t k = s.rows * s.columns; k < stride; ++k) stray += bytes[i * stride + k] != 99;
+    for (const double of : most) largest.push_back(of / 127);
+  }
+  if (!poisoned) scales.compare("scales", largest, 1e-5);
+  std::printf(" off by %.3f steps%s", worst, worst > 0.501 || stray > 0 ? " WRONG" : "");
+  failed |= worst > 0.501 || stray > 0 || (poisoned && !kept);
+}
+
 void check() {
   const auto name = [](const LowRankShape& s) {
     std::printf("%d x %lld x %lld %s r %d:", s.count, static_cast<long long>(s.rows),
@@ -333,7 +405,7 @@ void check() {
       {300, 264, true, 256, 3}, {264, 296, false, 256, 1}, {520, 512, true, 256, 1},
       {130, 136, true, 128, 1}, {136, 200, false, 128, 3}, {77, 72, true, 64, 3},
       {72, 136, false, 64, 1},  {1000, 64, true, 48, 1},   {104, 328, false, 80, 3},
-      {400, 200, true, 192, 1},
+      {400, 200, true, 192, 1}, {300, 400, true, 256, 2},  {272, 400, false, 256, 1},
   };
   const auto bf = Element::kBf16, fp = Element::kFp32;
   for (const auto& s : shapes) {
@@ -373,6 +445,13 @@ void check() {
     check_backproject<bf16>(s, Rounding::kStochastic, true, true, false);
     check_backproject<float>(s, Rounding::kNearest, false, false, false);
     std::printf("\n");
+    if (s.columns % 16 != 0) continue;
+    name(s);
+    std::printf(" 8 bits:");
+    check_narrow(s, false, false);
+    check_narrow(s, true, false);
+    check_narrow(s, false, true);
+    std::printf("\n");
   }
   std::printf(failed ? "FAILED\n" : "all good\n");
 }
@@ -381,7 +460,8 @@ void check() {
 void check_many() {
   const LowRankShape shapes[] = {{520, 264, true, 256, 70}, {264, 520, false, 256, 70},
                                  {600, 136, true, 128, 90}, {136, 600, false, 128, 90},
-                                 {600, 72, true, 64, 90},   {72, 600, false, 64, 140}};
+                                 {600, 80, true, 64, 90},   {80, 592, false, 64, 140},
+                                 {600, 400, true, 256, 50}};
   const auto bf = Element::kBf16, fp = Element::kFp32;
   for (const auto& s : shapes) {
     std::printf("%d x %lld x %lld:", s.count, static_cast<long long>(s.rows),
@@ -391,6 +471,7 @@ void check_many() {
     check_project<bf16, float>({s, {false, bf, fp}, false, false, false, false, false});
     check_backproject<bf16>(s, Rounding::kStochastic, true, false, false);
     check_backproject<float>(s, Rounding::kNearest, false, false, false);
+    if (s.columns % 16 == 0) check_narrow(s, false, false);
     std::printf("\n");
   }
   std::printf(failed ? "FAILED\n" : "all good\n");
@@ -436,16 +517,16 @@ double median_ms(int rounds, const std::function<void()>& f) {
 struct Layer {
   LowRankShape shape;
   std::vector<ProjectMatrix> project[3];  // plain, 16-bit state, fp32 state
-  std::vector<BackprojectMatrix> back;
+  std::vector<BackprojectMatrix> back, narrow;
   ProjectMatrix* device[3];
-  BackprojectMatrix* back_device;
+  BackprojectMatrix *back_device, *narrow_device;
 };
 const ProjectHow kHows[] = {{false, Element::kBf16, Element::kBf16, false},
                             {true, Element::kBf16, Element::kBf16, false},
                             {true, Element::kFp32, Element::kBf16, false}};
 
 Layer make_layer(const LowRankShape& s) {
-  Layer layer{s, {}, {}, {}, nullptr};
+  Layer layer{s, {}, {}, {}, {}, nullptr, nullptr};
   const int64_t longer = s.longer(), n = s.n(), r = s.rank, size = s.rows * s.columns;
   auto* g = random<bf16>(size * s.count, 1);
   auto* p = random<bf16>(size * s.count, 1);
@@ -463,6 +544,9 @@ Layer make_layer(const LowRankShape& s) {
   auto* source = allocate<int32_t>(r * s.count);
   CHECK(cudaMemcpy(source, sources.data(), sources.size() * 4, cudaMemcpyHostToDevice));
   auto* squares = random<float>(r * s.count, 1, true);
+  const int64_t blocks = (s.columns + 127) / 128;
+  auto* bytes = allocate<int8_t>(size * s.count);
+  auto* scales = allocate<float>(s.rows * blocks * s.count);
   auto* step = allocate<float>(s.count);
   CHECK(cudaMemset(step, 0, s.count * 4));
   for (int i = 0; i < s.count; ++i) {
@@ -480,6 +564,11 @@ Layer make_layer(const LowRankShape& s) {
     CHECK(fill(s, Element::kBf16,
                {p + i * size, u + i * longer * r, q + i * r * n, step + i, uint64_t(i)},
                &layer.back.back()));
+    layer.narrow.emplace_back();
+    CHECK(fill(s, Element::kInt8,
+               {g + i * size, u + i * longer * r, q + i * r * n, nullptr, 0, bytes + i * size,
+                scales + i * s.rows * blocks},
+               &layer.narrow.back()));
   }
   for (int k = 0; k < 3; ++k) {
     layer.device[k] = allocate<ProjectMatrix>(s.count);
@@ -488,6 +577,9 @@ Layer make_layer(const LowRankShape& s) {
   }
   layer.back_device = allocate<BackprojectMatrix>(s.count);
   CHECK(cudaMemcpy(layer.back_device, layer.back.data(), sizeof(BackprojectMatrix) * s.count,
+                   cudaMemcpyHostToDevice));
+  layer.narrow_device = allocate<BackprojectMatrix>(s.count);
+  CHECK(cudaMemcpy(layer.narrow_device, layer.narrow.data(), sizeof(BackprojectMatrix) * s.count,
                    cudaMemcpyHostToDevice));
   return layer;
 }
@@ -545,6 +637,15 @@ void time(int rounds, int rank) {
           return 4.0 * s.rows * s.columns + 2.0 * s.rank * (s.n() + s.longer());
         });
   }
+  line(
+      "back 8 bits",
+      [&](Layer& l) {
+        CHECK(backproject({.shape = l.shape, .p = Element::kInt8, .matrices = l.narrow_device},
+                          nullptr));
+      },
+      [&](const LowRankShape& s) {
+        return 3.0 * s.rows * s.columns + 2.0 * s.rank * (s.n() + s.longer());
+      });
   CHECK(cudaDeviceSynchronize());
 }
 

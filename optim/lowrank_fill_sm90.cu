@@ -58,12 +58,22 @@ cudaError_t fill(const LowRankShape& shape, Element p, const BackprojectTensors&
     return cudaErrorInvalidValue;
   }
   const auto fp16 = Element::kBf16;
-  auto error = make_map(&matrix->p, p, t.p, shape.rows, shape.columns, kWarpRows);
+  const bool narrow = p == Element::kInt8;
+  auto error = make_map(&matrix->p, narrow ? fp16 : p, t.p, shape.rows, shape.columns, kWarpRows);
   if (error != cudaSuccess) return error;
+  matrix->out = matrix->p;  // every map is one
+  if (narrow) {
+    if (!is_aligned(t.out) || t.scales == nullptr || shape.columns % 16 != 0) {
+      return cudaErrorInvalidValue;
+    }
+    error = make_map(&matrix->out, p, t.out, shape.rows, shape.columns, kWarpRows);
+    if (error != cudaSuccess) return error;
+  }
   error = make_map(&matrix->u, fp16, t.u, shape.longer(), shape.rank, kFactorRows);
   if (error != cudaSuccess) return error;
   matrix->step = t.step;
   matrix->seed = t.seed;
+  matrix->scales = t.scales;
   return make_map(&matrix->q, fp16, t.q, shape.rank, shape.n(), padded(shape.rank) / 2);
 }
 

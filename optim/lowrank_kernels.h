@@ -36,7 +36,7 @@ struct LowRankShape {
   int64_t longer() const { return right ? rows : columns; }
 };
 
-enum class Element { kBf16, kFp32 };
+enum class Element { kBf16, kFp32, kInt8 };
 
 // ---- a = scale x q^T, [longer, rank]; x a gradient or its transpose
 
@@ -98,33 +98,39 @@ cudaError_t project(const Project& project, cudaStream_t stream);
 
 // ---- p = keep p - lr factor (u q), with keep = decay - lr weight_decay; p [rows, columns]
 
+// What p becomes goes to p, or with Element::kInt8 to `out`: p is bf16 then and stays as it is, and
+// each kInt8Block neighbours of a row share a scale, their largest magnitude / 127; what is not
+// finite makes that so. Columns are a multiple of 16.
 struct BackprojectTensors {
-  void* p = nullptr;            // [rows, columns], in place
+  void* p = nullptr;            // [rows, columns]
   const void* u = nullptr;      // [longer, rank] bf16
   const void* q = nullptr;      // [rank, n] bf16
   const float* step = nullptr;  // with stochastic rounding: steps before this one
   uint64_t seed = 0;            // of that, as in stochastic_rounding.h
+  void* out = nullptr;          // [rows, columns] int8
+  float* scales = nullptr;      // [rows, blocks]
 };
 
 struct BackprojectMatrix {
-  CUtensorMap p, u, q;
+  CUtensorMap p, u, q, out;
   const float* step;
   uint64_t seed;
+  float* scales;
 };
 
-// `p`: its elements.
+// `p`: its elements, or kInt8 as above.
 cudaError_t fill(const LowRankShape& shape, Element p, const BackprojectTensors& tensors,
                  BackprojectMatrix* matrix);
 
 enum class Rounding {
   kNearest,
-  kStochastic,  // of bf16: the bits of round_stochastically() at step + 1
+  kStochastic,  // the bits of round_stochastically() at step + 1
 };
 
 struct Backproject {
   LowRankShape shape;
   Element p = Element::kBf16;
-  Rounding rounding = Rounding::kNearest;
+  Rounding rounding = Rounding::kNearest;       // of bf16
   const BackprojectMatrix* matrices = nullptr;  // device, [count]
   const float* lr = nullptr;                    // device, a scalar; null = 1
   const float* skip = nullptr;                  // device, a scalar: nonzero leaves p

@@ -82,20 +82,21 @@ inline cudaError_t make_map(CUtensorMap* map, Element element, const void* data,
                             int64_t columns, int box_rows, int wide = 1) {
   const auto encode = tma::encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const bool fp32 = element == Element::kFp32;
-  const auto width = static_cast<cuuint64_t>(tma::kRowBytes / (fp32 ? 4 : 2));
-  const auto all = static_cast<cuuint64_t>(columns), row_bytes = all * (fp32 ? 4 : 2);
+  const int bytes = element == Element::kFp32 ? 4 : element == Element::kBf16 ? 2 : 1;
+  const auto type = bytes == 4   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                    : bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  const auto width = static_cast<cuuint64_t>(tma::kRowBytes / bytes);
+  const auto all = static_cast<cuuint64_t>(columns), row_bytes = all * bytes;
   const cuuint64_t sizes[] = {wide > 1 ? width : all, static_cast<cuuint64_t>(rows),
                               wide > 1 ? all / width : 1};
   const cuuint64_t strides[] = {row_bytes, static_cast<cuuint64_t>(tma::kRowBytes)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(width), static_cast<cuuint32_t>(box_rows),
                             static_cast<cuuint32_t>(wide)};
   const cuuint32_t steps[] = {1, 1, 1};
-  const auto result =
-      encode(map, fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
-             const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto result = encode(map, type, 3, const_cast<void*>(data), sizes, strides, box, steps,
+                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -41,6 +41,31 @@ __global__ void __launch_bounds__(kThreads) momentum_of(const __grid_constant__ 
       });
 }
 
+template <class G>
+__global__ void __launch_bounds__(kThreads) feed_back_of(const __grid_constant__ Feedback s) {
+  const FeedbackTensor& t = entry_of(s.tensors, s.count);
+  const int64_t first = (int64_t{blockIdx.x} - t.first_block) * kChunk;
+  const float scale = s.scale == nullptr ? 1 : *s.scale;
+  const auto blocks = static_cast<uint32_t>((s.columns + kInt8Block - 1) / kInt8Block);
+  const auto* g = static_cast<const G*>(t.gradient);
+  each_element(
+      first, min(first + kChunk, t.count), true,
+      [&](int64_t i) {
+        const auto at = static_cast<uint32_t>(i), row = at / s.columns;
+        const auto block = (at - row * s.columns) / static_cast<uint32_t>(kInt8Block);
+        const float by = t.scales[int64_t{row} * blocks + block];
+        const auto gg = *reinterpret_cast<const Pack<G>*>(g + i);
+        const auto ee = *reinterpret_cast<const Pack<int8_t>*>(t.residual + i);
+        Pack<bf16> sum;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          sum.of[j] = __float2bfloat16_rn(fmaf(by, ee.of[j], to_float(gg.of[j]) * scale));
+        }
+        *reinterpret_cast<Pack<bf16>*>(static_cast<bf16*>(t.sum) + i) = sum;
+      },
+      [](int64_t) {});
+}
+
 template <class P>
 __global__ void __launch_bounds__(kThreads) move_of(const __grid_constant__ Move s) {
   if (s.skip != nullptr && *s.skip != 0) return;
@@ -74,6 +99,13 @@ cudaError_t momentum(const MomentumStep& step, cudaStream_t stream) {
                       : step.momenta_are_fp32 ? momentum_of<bf16, float>
                                               : momentum_of<bf16, bf16>;
   kernel<<<static_cast<unsigned>(step.blocks), kThreads, 0, stream>>>(step);
+  return cudaGetLastError();
+}
+
+cudaError_t feed_back(const Feedback& feedback, cudaStream_t stream) {
+  if (feedback.blocks == 0) return cudaSuccess;
+  const auto kernel = feedback.gradients_are_fp32 ? feed_back_of<float> : feed_back_of<bf16>;
+  kernel<<<static_cast<unsigned>(feedback.blocks), kThreads, 0, stream>>>(feedback);
   return cudaGetLastError();
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Momentum, and steps along given directions, of many tensors in one launch each: what they take.
+// Momentum, error feedback and steps along given directions, of many tensors in one launch each:
+// what they take.
 // No Torch here. Pointers are of the device.
 #pragma once
 
@@ -30,6 +31,26 @@ struct MomentumStep {
   const float* skip = nullptr;   // a scalar: nonzero leaves m and makes the direction 0; null = 0
 };
 cudaError_t momentum(const MomentumStep& step, cudaStream_t stream);
+
+struct FeedbackTensor {
+  const int8_t* residual = nullptr;  // [count / columns, columns]
+  const float* scales = nullptr;     // of each kInt8Block neighbours of a row
+  const void* gradient = nullptr;    // [count]
+  void* sum = nullptr;               // [count] bf16
+  int64_t count = 0;
+  int first_block = 0;  // blocks of the tensors before it
+};
+
+// sum = scale g + residual. All at multiples of 16 bytes, columns multiples of 8, fewer than 2^32
+// elements.
+struct Feedback {
+  const FeedbackTensor* tensors = nullptr;  // [count] on the device
+  int count = 0, blocks = 0;
+  bool gradients_are_fp32 = true;  // else bf16
+  uint32_t columns = 0;
+  const float* scale = nullptr;  // a scalar; null = 1
+};
+cudaError_t feed_back(const Feedback& feedback, cudaStream_t stream);
 
 struct MovedTensor {
   void* parameter = nullptr;        // [count]

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <ounce/core/check.h>
+#include <ounce/optim/clip.h>
 #include <ounce/optim/named_optimizer.h>
 #include <torch/torch.h>
 
@@ -270,8 +271,42 @@ at::Tensor NamedOptimizer::step(LossClosure closure) {
 }
 
 void NamedOptimizer::step(const StepControl& control) {
+  auto checked = control;
+  checked.skip = checked_skip(control);
   if (hook_) hook_({});
-  update(control);
+  update(checked);
+}
+
+at::Tensor NamedOptimizer::checked_skip(const StepControl& control) const {
+  std::vector<at::Tensor> skipping, raising;
+  for (const auto& group : param_groups_) {
+    const auto& values = static_cast<const GroupOptions&>(group.options()).values;
+    const auto check = values.contains("check_finite") ? values.text("check_finite") : "off";
+    if (check == "off") continue;
+    for (const auto& parameter : group.params()) {
+      if (!parameter.grad().defined()) continue;
+      (check == "skip" ? skipping : raising).push_back(parameter);
+    }
+  }
+  const auto broken = [](const std::vector<at::Tensor>& parameters) {
+    std::vector<at::Tensor> gradients;
+    for (const auto& parameter : parameters) gradients.push_back(parameter.grad());
+    return clip_by_norm(gradients, 0).found_inf;
+  };
+  if (!raising.empty() && broken(raising).item<float>() != 0) {
+    std::vector<std::string> names;
+    for (const auto& parameter : raising) {
+      if (broken({parameter}).item<float>() != 0) names.push_back("'" + name_of(parameter) + "'");
+    }
+    fail(Fault::kProblem, "[optimizer] expected finite gradients, got an infinity or a NaN in ",
+         names.empty() ? "the norm of all" : names[0],
+         names.size() > 1 ? c10::str(" and ", names.size() - 1, " more") : "",
+         "; nothing was changed");
+  }
+  if (skipping.empty()) return control.skip;
+  const auto found = broken(skipping);
+  return control.skip.defined() ? at::maximum(control.skip, found.to(control.skip.device()))
+                                : found;
 }
 
 void NamedOptimizer::before_update(UpdateHook hook) { hook_ = std::move(hook); }

@@ -27,6 +27,13 @@ NamedParameters named_parameters(const torch::nn::Module& module);
 // The same for a plain list: names are "0", "1", ...
 NamedParameters named_parameters(const std::vector<at::Tensor>& parameters);
 
+// What step() does where a gradient of a group holds an infinity or a NaN, or their norm is one.
+enum class CheckFinite {
+  kOff,    // it is not looked for
+  kSkip,   // nothing changes, as with control.skip; no host synchronisation
+  kRaise,  // Fault::kProblem, which names the parameters; nothing has changed then
+};
+
 class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
  public:
   static constexpr const char* kKind = "optimizer";
@@ -111,6 +118,9 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
 
  private:
   NamedParameters parameters_;
+  // control.skip, and whether a group's option `check_finite` finds a reason to.
+  at::Tensor checked_skip(const StepControl& control) const;
+
   UpdateHook hook_;
   std::unordered_map<const void*, size_t> index_;
 };

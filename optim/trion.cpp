@@ -29,6 +29,7 @@ adamw_lr = 3e-4         # theirs; the schedule multiplies it too
 beta1 = 0.9
 beta2 = 0.95
 eps = 1e-8
+check_finite = "off"    # off | skip | raise: of a step whose gradients hold an infinity or a NaN
 )") +
     kRoundingDefaults +
     R"(group = []              # tables: match = "*qkv*", and what differs: lr_scale or any key above

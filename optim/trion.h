@@ -29,8 +29,9 @@ struct TrionOptions {
   double momentum = 0.95;      // in [0, 1)
   bool nesterov = false;       // a step along g + momentum b; with rank = 0 only
   double weight_decay = 0.01;  // >= 0, decoupled; norms, biases and embeddings take 0
-  int64_t rank = 256;          // columns kept of the smaller side; 0 or all of them = full rank
-  double rank_fraction = 0;    // in (0, 1]: that share of it instead; 0 = rank
+  CheckFinite check_finite = CheckFinite::kOff;  // of the gradients
+  int64_t rank = 256;        // columns kept of the smaller side; 0 or all of them = full rank
+  double rank_fraction = 0;  // in (0, 1]: that share of it instead; 0 = rank
   Basis basis = Basis::kDct2;
   int64_t norm = 2;         // 1 or 2: by which columns are ranked
   Side side = Side::kAuto;  // which side is projected; auto: the smaller
@@ -121,6 +122,7 @@ struct MuonOptions {
   double momentum = 0.95;      // in [0, 1)
   bool nesterov = true;        // a step along g + momentum b
   double weight_decay = 0.01;  // >= 0, decoupled; norms, biases and embeddings take 0
+  CheckFinite check_finite = CheckFinite::kOff;  // of the gradients
   Iteration iteration = Iteration::kQuintic;
   int64_t ns_steps = 5;
   StepScale scale = StepScale::kOriginal;

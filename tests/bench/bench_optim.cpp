@@ -90,6 +90,12 @@ std::vector<Timed> optimizers(const NamedParameters& parameters, bool cuda) {
   all.push_back(ours<optim::DctAdamW>("dct_adamw, fp32 moments", parameters, dct));
   dct.state_dtype = at::kBFloat16;
   all.push_back(ours<optim::DctAdamW>("dct_adamw", parameters, dct));
+  dct.residual = optim::Residual::kErrorFeedback;
+  dct.residual_type = optim::ResidualType::kInt8;
+  all.push_back(ours<optim::DctAdamW>("dct_adamw, int8 feedback", parameters, dct));
+  dct.residual_type = optim::ResidualType::kBf16;
+  all.push_back(ours<optim::DctAdamW>("dct_adamw, bf16 feedback", parameters, dct));
+  dct.residual = optim::Residual::kNone;
   dct.update_interval = 10;
   all.push_back(ours<optim::DctAdamW>("dct_adamw, every 10th", parameters, dct));
   optim::TrionOptions trion;

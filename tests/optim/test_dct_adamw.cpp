@@ -11,6 +11,7 @@
 #include "support/devices.h"
 #include "support/expect_error.h"
 #include "support/registered_optimizers.h"
+#include "support/residuals.h"
 #include "support/rms_error.h"
 #include "support/state_tensors.h"
 
@@ -154,13 +155,7 @@ TEST_P(DctAdamWOnDevice, EqualsItsDefinition) {
   }
 }
 
-Tensor residual_of(NamedOptimizer& optimizer) {
-  const auto residual = state_tensor(optimizer, "residual"),
-             scales = state_tensor(optimizer, "residual_scales");
-  if (!scales.defined()) return residual.to(at::kDouble);
-  return residual.to(at::kDouble) *
-         scales.to(at::kDouble).repeat_interleave(128, 1).narrow(1, 0, residual.size(1));
-}
+Tensor residual_of(NamedOptimizer& optimizer) { return ounce::test::residuals_of(optimizer).at(0); }
 
 // What was applied and what is still held back are all gradients so far, but for what rounding
 // changed.

@@ -6,10 +6,12 @@
 #include <ounce/optim/trion.h>
 #include <torch/torch.h>
 
+#include <functional>
 #include <memory>
 
 #include "support/devices.h"
 #include "support/expect_error.h"
+#include "support/residuals.h"
 #include "support/rms_error.h"
 #include "support/state_tensors.h"
 
@@ -18,6 +20,7 @@ namespace ounce::optim {
 namespace {
 
 using at::Tensor;
+using ounce::test::residuals_of;
 using ounce::test::rms_error;
 using Shapes = std::vector<std::vector<int64_t>>;
 
@@ -43,11 +46,27 @@ Tensor gradient_of(const Tensor& p, int64_t step) {
   return g.to(p.scalar_type());
 }
 
+// Gradients of 32 large columns in the basis, others at each step, so that what was held back does
+// not decide the choice.
+Tensor clear_gradient_of(const Tensor& p, int64_t step, Basis basis, bool right) {
+  torch::manual_seed(static_cast<uint64_t>(200 + step));
+  const auto g = torch::randn(p.sizes(), torch::device(p.device()));
+  if (p.dim() != 2) return g.to(p.scalar_type());
+  const auto n = p.size(right ? 1 : 0);
+  auto scale = torch::full({n}, 0.3, g.options());
+  scale.index_fill_(0, (torch::arange(32, scale.options().dtype(at::kLong)) * 17 + 5 * step) % n,
+                    8);
+  const auto b = dct_basis(n, basis, g.options());
+  return (right ? torch::mm(g * scale, b) : torch::mm(b.t(), scale.unsqueeze(1) * g))
+      .to(p.scalar_type());
+}
+
 // The same parameters under a fused and a composed optimizer.
 template <class O, class Options>
 struct Pair {
   std::vector<Tensor> fused, composed;
   std::unique_ptr<O> ours, reference;
+  std::function<Tensor(const Tensor&, int64_t)> gradient = gradient_of;
 
   Pair(const Shapes& shapes, at::ScalarType type, at::Device device, Options options) {
     torch::manual_seed(1);
@@ -63,7 +82,7 @@ struct Pair {
   }
   void step(int64_t at, const StepControl& control) {
     for (size_t i = 0; i < fused.size(); ++i) {
-      fused[i].mutable_grad() = gradient_of(fused[i], at);
+      fused[i].mutable_grad() = gradient(fused[i], at);
       composed[i].mutable_grad() = fused[i].grad().clone();
     }
     ours->step(control);
@@ -162,55 +181,157 @@ TEST_P(FusedStep, LowRankAdamWOfEveryOption) {
   }
 }
 
-TEST_P(FusedStep, SkippedStepsChangeNothing) {
+constexpr ResidualType kResidualTypes[] = {ResidualType::kFp32, ResidualType::kBf16,
+                                           ResidualType::kInt8};
+DctAdamWOptions feeding_back(ResidualType type) {
   DctAdamWOptions o;
   o.rank = 32;
-  Pair<DctAdamW, DctAdamWOptions> pair({{256, 128}, {128, 384}, {77}}, at::kBFloat16, device(), o);
+  o.residual = Residual::kErrorFeedback;
+  o.residual_type = type;
+  return o;
+}
+
+TEST_P(FusedStep, ErrorFeedbackOfEveryKind) {
+  // Both sides; rows of 1024 have a ranking that adds, an odd number of them.
+  const Shapes shapes = {{256, 128},  {256, 128}, {128, 256},   {1000, 96},
+                         {512, 2048}, {192, 320}, {1041, 1024}, {40}};
+  for (const auto residual : kResidualTypes) {
+    std::vector<DctAdamWOptions> all(4, feeding_back(residual));
+    all[1].update_interval = 3;
+    all[1].state_dtype = at::kBFloat16;
+    all[2].norm = 1;
+    all[3].basis = Basis::kIdentity;
+    all[3].side = Side::kRight;
+    for (size_t i = 0; i < all.size(); ++i) {
+      for (const auto type : kTypes) {
+        SCOPED_TRACE(c10::str("residual ", static_cast<int>(residual), " case ", i, " ", type));
+        all[i].statistics = true;
+        Pair<DctAdamW, DctAdamWOptions> pair(shapes, type, device(), all[i]);
+        pair.gradient = [&](const Tensor& p, int64_t step) {
+          const bool right = all[i].side == Side::kRight || p.size(0) >= p.size(-1);
+          return clear_gradient_of(p, step, all[i].basis, right);
+        };
+        const auto before = pair.copies();
+        for (int64_t at = 0; at < 6; ++at) {
+          pair.step(at, {scalar(1e-2), scalar(0.25), scalar(at == 4)});
+        }
+        EXPECT_LE(pair.difference(before), type == at::kFloat ? 5e-2 : 0.1);
+        const auto ours = residuals_of(*pair.ours), theirs = residuals_of(*pair.reference);
+        ASSERT_EQ(ours.size(), shapes.size() - 1);
+        for (size_t p = 0; p < ours.size(); ++p) {
+          // Small against the columns that were taken out, whose rounding is in it.
+          EXPECT_LE(rms_error(ours[p], theirs[p]), 0.1) << shapes[p];
+          EXPECT_TRUE(at::equal(pair.ours->indices_of(pair.fused[p]),
+                                pair.reference->indices_of(pair.composed[p])));
+        }
+        const auto measured = pair.ours->statistics(), wanted = pair.reference->statistics();
+        for (size_t s = 0; s < wanted.size(); ++s) {
+          EXPECT_LE(rms_error(measured[s].second, wanted[s].second), 1e-2) << wanted[s].first;
+        }
+      }
+    }
+  }
+}
+
+// What was applied and what is still held back are all gradients so far.
+TEST_P(FusedStep, ErrorFeedbackLosesNothing) {
+  const std::pair<ResidualType, double> types[] = {
+      {ResidualType::kFp32, 5e-3}, {ResidualType::kBf16, 1e-2}, {ResidualType::kInt8, 3e-2}};
+  for (const auto& [residual, bound] : types) {
+    for (const std::vector<int64_t>& shape : {std::vector<int64_t>{300, 128}, {1026, 1024}}) {
+      SCOPED_TRACE(c10::str(static_cast<int>(residual), " ", shape));
+      Pair<DctAdamW, DctAdamWOptions> pair({shape}, at::kBFloat16, device(),
+                                           feeding_back(residual));
+      const auto n = shape[1];
+      auto sum = torch::zeros(shape, torch::dtype(at::kDouble).device(device()));
+      auto applied = sum.clone();
+      for (int64_t step = 0; step < 20; ++step) {
+        const auto held = residuals_of(*pair.ours)[0];
+        pair.step(step, {});
+        const auto g = pair.fused[0].grad().to(at::kDouble);
+        const auto indices = pair.ours->indices_of(pair.fused[0]);
+        const auto a = dct_project(g + held, indices, Side::kRight, Basis::kDct2);
+        applied += dct_backproject(a, indices, n, Side::kRight, Basis::kDct2);
+        sum += g;
+      }
+      EXPECT_LE(rms_error(applied + residuals_of(*pair.ours)[0], sum), bound);
+    }
+  }
+}
+
+template <class O, class Options>
+void expect_skip_to_keep(Pair<O, Options> pair, const StepControl& skipped) {
   for (int64_t at = 0; at < 3; ++at) pair.step(at, {});
   std::vector<Tensor> before;
   for (const auto& t : state_of(*pair.ours)) before.push_back(t.clone());
   for (const auto& t : pair.fused) before.push_back(t.detach().clone());
   for (const auto& p : pair.fused) p.mutable_grad() = torch::full_like(p, NAN);
-  pair.ours->step({scalar(1e-2), {}, scalar(1)});
+  pair.ours->step(skipped);
   auto after = state_of(*pair.ours);
   for (const auto& t : pair.fused) after.push_back(t.detach());
   for (size_t i = 0; i < before.size(); ++i) EXPECT_TRUE(at::equal(before[i], after[i]));
 }
 
-// Without a skip, what is not a number stays that, in weights and moments.
-TEST_P(FusedStep, NanIsNotRoundedAway) {
+TEST_P(FusedStep, SkippedStepsChangeNothing) {
+  const Shapes shapes = {{256, 128}, {128, 384}, {1041, 1024}, {77}};
+  const StepControl skipped = {scalar(1e-2), {}, scalar(1)};
+  DctAdamWOptions plain;
+  plain.rank = 32;
+  const auto check = [&](const DctAdamWOptions& o) {
+    expect_skip_to_keep(Pair<DctAdamW, DctAdamWOptions>(shapes, at::kBFloat16, device(), o),
+                        skipped);
+  };
+  check(plain);
+  for (const auto residual : kResidualTypes) check(feeding_back(residual));
   for (const auto state : kTypes) {
-    DctAdamWOptions o;
+    TrionOptions o;
     o.rank = 32;
     o.state_dtype = state;
-    Pair<DctAdamW, DctAdamWOptions> pair({{256, 128}, {77}}, at::kBFloat16, device(), o);
-    pair.step(0, {});
-    for (const auto& p : pair.fused) p.mutable_grad() = torch::full_like(p, NAN);
-    pair.ours->step();
-    for (const auto& p : pair.fused) EXPECT_TRUE(p.isnan().all().item<bool>());
+    expect_skip_to_keep(Pair<Trion, TrionOptions>(shapes, at::kBFloat16, device(), o), skipped);
+  }
+}
+
+// Without a skip, what is not a number stays that, in weights, moments and residuals.
+TEST_P(FusedStep, NanIsNotRoundedAway) {
+  for (const auto residual : kResidualTypes) {
+    for (const auto state : kTypes) {
+      auto o = feeding_back(residual);
+      o.state_dtype = state;
+      Pair<DctAdamW, DctAdamWOptions> pair({{256, 128}, {1024, 1024}, {77}}, at::kBFloat16,
+                                           device(), o);
+      pair.step(0, {});
+      for (const auto& p : pair.fused) p.mutable_grad() = torch::full_like(p, NAN);
+      pair.ours->step();
+      for (const auto& p : pair.fused) EXPECT_TRUE(p.isnan().all().item<bool>());
+      for (const auto& e : residuals_of(*pair.ours)) EXPECT_TRUE(e.isnan().all().item<bool>());
+    }
   }
 }
 
 TEST_P(FusedStep, RepeatsBitForBit) {
-  std::vector<std::vector<Tensor>> results;
-  for (int run = 0; run < 3; ++run) {
-    DctAdamWOptions o;
+  std::vector<DctAdamWOptions> all(1);
+  for (const auto residual : kResidualTypes) all.push_back(feeding_back(residual));
+  for (auto& o : all) {
     o.rank = 64;
     o.state_dtype = at::kBFloat16;
-    Pair<DctAdamW, DctAdamWOptions> pair({{512, 256}, {256, 704}}, at::kBFloat16, device(), o);
-    for (int64_t at = 0; at < 4; ++at) pair.step(at, {});
-    auto all = state_of(*pair.ours);
-    for (const auto& p : pair.fused) all.push_back(p.detach());
-    results.push_back(all);
-  }
-  for (size_t i = 0; i < results[0].size(); ++i) {
-    EXPECT_TRUE(at::equal(results[0][i], results[1][i]));
-    EXPECT_TRUE(at::equal(results[0][i], results[2][i]));
+    std::vector<std::vector<Tensor>> results;
+    for (int run = 0; run < 3; ++run) {
+      Pair<DctAdamW, DctAdamWOptions> pair({{512, 256}, {256, 704}, {1041, 1024}}, at::kBFloat16,
+                                           device(), o);
+      for (int64_t at = 0; at < 4; ++at) pair.step(at, {});
+      auto state = state_of(*pair.ours);
+      for (const auto& p : pair.fused) state.push_back(p.detach());
+      results.push_back(state);
+    }
+    for (size_t i = 0; i < results[0].size(); ++i) {
+      EXPECT_TRUE(at::equal(results[0][i], results[1][i]));
+      EXPECT_TRUE(at::equal(results[0][i], results[2][i]));
+    }
   }
 }
 
 TEST_P(FusedStep, TrionAndMuon) {
-  const Shapes shapes = {{256, 128}, {256, 128}, {128, 256}, {1000, 96}, {40}};
+  const Shapes shapes = {{256, 128}, {256, 128}, {128, 256}, {1000, 96}, {1041, 1024}, {40}};
   TrionOptions o;
   o.rank = 32;
   o.seed = 3;
@@ -227,6 +348,8 @@ TEST_P(FusedStep, TrionAndMuon) {
         for (int64_t at = 0; at < 6; ++at) {
           pair.step(at, {scalar(0.3), scalar(0.25), scalar(at == 4)});
         }
+        const auto ours = state_of(*pair.ours), theirs = state_of(*pair.reference);
+        for (size_t i = 0; i < ours.size(); ++i) EXPECT_LE(rms_error(ours[i], theirs[i]), 2e-2);
         // What is orthonormalised in bf16, of matrices that are far from it.
         EXPECT_LE(pair.difference(before), type == at::kFloat ? 8e-2 : 0.15);
       }
@@ -263,8 +386,13 @@ TEST_P(FusedStep, RefusesByNameWhatItDoesNotTake) {
   o.rank = 20;
   refuses(o, matrix(64, 64));
   o.rank = 16;
-  o.residual = Residual::kErrorFeedback;
+  o.residual = Residual::kSign;
   refuses(o, matrix(64, 64));
+  o.residual = Residual::kFira;
+  refuses(o, matrix(64, 64));
+  o.residual = Residual::kErrorFeedback;
+  o.residual_type = ResidualType::kInt8;
+  refuses(o, matrix(80, 72));  // rows of 16 n
 }
 
 }  // namespace

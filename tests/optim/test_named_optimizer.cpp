@@ -254,6 +254,47 @@ TEST(NamedOptimizer, StateOfAUsersOptimizerIsSaved) {
   EXPECT_TRUE(torch::equal(p, twin));
 }
 
+TEST(NamedOptimizer, GradientsThatAreNotFiniteSkipOrRaise) {
+  const auto a = leaf({3, 4}), b = leaf({5});
+  const NamedParameters parameters = {{"first", a}, {"second", b}};
+  const auto run = [&](ounce::optim::CheckFinite check, float value, const auto& step) {
+    AdamWOptions options;
+    options.check_finite = check;
+    FusedAdamW optimizer(parameters, options);
+    a.mutable_grad() = torch::ones_like(a);
+    b.mutable_grad() = torch::ones_like(b);
+    b.mutable_grad()[2] = value;
+    const auto before = a.detach().clone();
+    step(optimizer);
+    return !at::equal(before, a);
+  };
+  const auto step = [](FusedAdamW& optimizer) { optimizer.step(); };
+  using ounce::optim::CheckFinite;
+  for (const float broken : {INFINITY, -INFINITY, NAN}) {
+    EXPECT_TRUE(run(CheckFinite::kOff, broken, step));
+    b.detach().fill_(1);
+    EXPECT_FALSE(run(CheckFinite::kSkip, broken, step));
+    EXPECT_FALSE(run(CheckFinite::kRaise, broken, [](FusedAdamW& optimizer) {
+      EXPECT_OUNCE_ERROR(optimizer.step(), kProblem,
+                         "an infinity or a NaN in 'second'; nothing was changed");
+    }));
+  }
+  EXPECT_TRUE(run(CheckFinite::kSkip, 2, step));
+  EXPECT_TRUE(run(CheckFinite::kRaise, 2, step));
+  // What the caller skips stays skipped, and a group may ask alone.
+  EXPECT_FALSE(run(CheckFinite::kSkip, 2,
+                   [](FusedAdamW& optimizer) { optimizer.step({.skip = torch::ones({})}); }));
+  AdamWOptions options;
+  options.groups = NamedOptimizer::parse_groups(
+      *Options::parse("group = [{ match = \"first\", check_finite = \"skip\" }]", "t")
+           .find("group"));
+  FusedAdamW optimizer(parameters, options);
+  b.mutable_grad()[2] = NAN;
+  optimizer.step();
+  EXPECT_TRUE(b.isnan().any().item<bool>());
+  EXPECT_FALSE(a.isnan().any().item<bool>());
+}
+
 TEST(NamedOptimizer, StepLrAndClipGradNormAndClosuresWork) {
   torch::manual_seed(4);
   const auto model = std::make_shared<TwoLayers>();
