@@ -219,7 +219,7 @@ inline bool is_fused(const char* optimizer, const std::string& name, const at::T
 // A parameter's part of a fused AdamW step.
 template <class Slot, class O>
 FusedTensor fused_tensor(const at::Tensor& parameter, const Slot& slot, const O& o, size_t index) {
-  return {.parameter = parameter.detach(),
+  return {.parameter = parameter,
           .gradient = parameter.grad(),
           .exp_avg = slot.exp_avg,
           .exp_avg_sq = slot.exp_avg_sq,
@@ -227,9 +227,9 @@ FusedTensor fused_tensor(const at::Tensor& parameter, const Slot& slot, const O&
           .seed = seed_of(o.seed, index)};
 }
 // Of one kind, in one launch.
-using FusedKind = std::tuple<std::string, at::ScalarType, at::ScalarType>;
+using FusedKind = std::tuple<at::DeviceIndex, at::ScalarType, at::ScalarType>;
 inline FusedKind kind_of(const FusedTensor& t) {
-  return {t.parameter.device().str(), t.parameter.scalar_type(), t.exp_avg.scalar_type()};
+  return {t.parameter.device().index(), t.parameter.scalar_type(), t.exp_avg.scalar_type()};
 }
 
 // The same for a fused step. O: beta1, beta2, eps, weight_decay, stochastic_rounding.
@@ -256,10 +256,10 @@ class FusedAdamWSteps {
   template <class Slot, class O>
   bool take(const char* optimizer, const std::string& name, const at::Tensor& parameter,
             const Slot& slot, const O& o, size_t index) {
-    const auto tensor = fused_tensor(parameter, slot, o, index);
+    auto tensor = fused_tensor(parameter, slot, o, index);
     const bool fused =
         is_fused(optimizer, name, parameter, o.implementation, FusedSteps::takes(tensor));
-    if (fused) kinds_[kind_of(tensor)].push_back(tensor);
+    if (fused) kinds_[kind_of(tensor)].push_back(std::move(tensor));
     return fused;
   }
   // settings(device)

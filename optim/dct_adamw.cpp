@@ -238,8 +238,9 @@ void DctAdamW::update(const StepControl& control) {
                    slot.transposed,
                    slot.gradients++ % o.update_interval == 0};
         }
-        fused[alike].first.push_back(tensor);
-        fused[alike].second.push_back(&slot);
+        auto& [tensors, slots] = fused[alike];
+        tensors.push_back(std::move(tensor));
+        slots.push_back(&slot);
         continue;
       }
       Step{{control, group, parameter, step_type("dct_adamw", name, parameter)}, o}(parameter, slot,

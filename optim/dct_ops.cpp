@@ -175,7 +175,9 @@ Quintic step_of(Iteration kind, int64_t step) {
 
 Tensor product_of(const Product& p) {
   if (auto fused = fused_product(p); fused.defined()) return fused;
-  auto sum = p.c.defined() ? at::baddbmm(p.c, p.a, p.b, p.beta, p.alpha) : at::bmm(p.a, p.b);
+  auto sum = at::bmm(p.a, p.b);
+  if (p.alpha != 1) sum.mul_(p.alpha);
+  if (p.c.defined()) sum.add_(p.c, p.beta);
   if (p.diagonal != 0) sum.diagonal(0, -2, -1).add_(p.diagonal);
   return sum.to(p.type.value_or(sum.scalar_type()));
 }
@@ -274,28 +276,29 @@ Tensor newton_schulz(Tensor x, int64_t steps, Iteration kind) {
               "[newton_schulz] expected floating matrices [..., R, C], got ", x.scalar_type(), " ",
               x.sizes());
   OUNCE_CHECK(steps >= 0, "[newton_schulz] expected steps >= 0, got ", steps);
+  const at::NoGradGuard no_grad;
   const SmallerSide side{x.size(-2) > x.size(-1)};
   const auto sizes = x.sizes().vec();
   const auto result = x.scalar_type(), wide = compute_type(x);
-  // A GPU multiplies fp16, in which everything here has a place once it is scaled, and sums in
-  // fp32.
+  // A GPU multiplies bf16 at first, then fp16, in which all has its place once it is scaled.
   const bool half = x.is_cuda() && result == at::kBFloat16;
   const auto type = half ? at::kHalf : wide;
-  x = x.reshape({-1, x.size(-2), x.size(-1)}).to(half ? result : wide);
+  auto y = x.reshape({-1, x.size(-2), x.size(-1)}).to(half ? result : wide);
+  x.reset();
+  auto gram = side.gram(y);
   // The trace is the square of the norm.
-  auto gram = side.gram(x);
   auto norm = gram.diagonal(0, -2, -1).to(wide).sum(-1).sqrt();
   if (kind == Iteration::kPolarExpress) norm *= kRoom;
   const auto scale = norm.clamp_min(kSmallestNorm).reciprocal().view({-1, 1, 1});
-  const auto scaled = [&](const Tensor& matrices, const Tensor& factor) {
-    auto out = at::empty(matrices.sizes(), matrices.options().dtype(type));
-    return at::mul_out(out, matrices, factor);
+  const auto scaled = [&](const Tensor& matrices, const Tensor& by, at::ScalarType to) {
+    auto out = at::empty(matrices.sizes(), matrices.options().dtype(to));
+    return at::mul_out(out, matrices, by);
   };
-  gram = scaled(gram, scale.square());
-  auto y = scaled(x, scale);
-  x.reset();
+  if (steps == 0) return scaled(y, scale, result).view(sizes);
+  gram = scaled(gram, scale.square(), type);
   for (int64_t step = 0; step < steps;) {
-    if (step > 0) gram = side.gram(y);
+    const bool first = step == 0;
+    if (!first) gram = side.gram(y);
     Tensor factor;
     for (auto left = steps_together(kind, half, y, step, steps); left > 0; --left, ++step) {
       const auto p = polynomial(step_of(kind, step), gram);
@@ -303,9 +306,10 @@ Tensor newton_schulz(Tensor x, int64_t steps, Iteration kind) {
       if (left > 1) gram = symmetric_product(symmetric_product(p, gram), p);
     }
     gram.reset();
+    if (first) factor = scaled(factor, scale, y.scalar_type());
     y = side.apply(factor, y, step < steps ? type : result);
   }
-  return y.to(result).view(sizes);
+  return y.view(sizes);
 }
 
 // --- the dispatcher

@@ -207,6 +207,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_slots_of(const __grid_constan
   const int64_t n = job.batch.length(), sums = s.absolutes == nullptr ? n : 2 * n;
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   float sum = 0;
+  let_next_come();
   wait_for_previous();
   if (i < sums) {
 #pragma unroll 4

@@ -5,6 +5,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <ounce/kernels/common/launch.h>
 
 #include <cstdint>
 
@@ -42,25 +43,6 @@ inline RankJob make_job(const RankBatch& batch, int64_t units, int64_t most, voi
           static_cast<int>(all % blocks),
           static_cast<float*>(slots)};
 }
-
-// The kernel may come to the GPU before those in front of it have ended: it calls
-// wait_for_previous() before it touches global memory.
-template <class Kernel, class... Arguments>
-cudaError_t launch_early(Kernel kernel, dim3 grid, dim3 block, int64_t shared, cudaStream_t stream,
-                         const Arguments&... arguments) {
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = static_cast<size_t>(shared);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-__device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // squares, absolutes = the sums of each matrix's slots, in order. `slots` null: as RankJob says,
 // else so many a matrix.

@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) rank_of(const __grid_constant_
     ptx::fence_init();
   }
   __syncthreads();
+  let_next_come();
   wait_for_previous();
   Walk<S, input, absolutes> walk = {places, job, min(job.each + 1, job.units)};
   int first = job.first_unit(blockIdx.x);
@@ -162,14 +163,12 @@ bool with_addends(const RankBatch& batch, Call call) {
     return true;
   };
   switch (batch.length()) {
-#ifndef RANK_ONLY_2048
     case 1024:
       return shape(L1024());
-    case 4096:
-      return shape(L4096());
-#endif
     case 2048:
       return shape(L2048());
+    case 4096:
+      return shape(L4096());
     default:
       return false;
   }
@@ -184,10 +183,6 @@ bool with_shape(const RankBatch& batch, Call call) {
     return true;
   };
   switch (batch.length()) {
-#ifdef RANK_ONLY_2048
-    case 2048:
-      return side(L2048());
-#else
     case 512:
       return side(L512());
     case 768:
@@ -202,7 +197,6 @@ bool with_shape(const RankBatch& batch, Call call) {
       return side(L4096());
     case 8192:
       return side(L8192());
-#endif
     default:
       return false;
   }

@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(kThreads) select_of(const __grid_constant__ Se
   __shared__ uint32_t above[kMostWords], equal[kMostWords], old_bits[kMostWords];
   __shared__ int old_before[kMostWords], counts[256], warps[kWarps];
   __shared__ float float_warps[kWarps];
+  let_next_come();
   wait_for_previous();
   const int64_t list = int64_t{blockIdx.x} * s.rank;
   const int* previous = s.previous == nullptr ? nullptr : s.previous + list;

@@ -138,6 +138,7 @@ FusedSteps::Impl::Sums FusedSteps::Impl::add(const LowRankShape& shape,
     gradients.push_back(m.gradient.contiguous());
     if (!scratch.defined()) sums.all.push_back(m.momentum);
   }
+  const auto scales_of = [&](size_t i) { return scales.empty() ? nullptr : floats(scales[i]); };
   const auto upload = [&]<class Entry>(Use use, const auto& entry_of) {
     std::vector<const void*> pointers;
     for (size_t i = 0; i < matrices.size(); ++i) {
@@ -145,6 +146,7 @@ FusedSteps::Impl::Sums FusedSteps::Impl::add(const LowRankShape& shape,
                &matrices[i].momentum, &gradients[i], &sums.all[i], &matrices[i].step}) {
         pointers.push_back(part->const_data_ptr());
       }
+      pointers.push_back(scales_of(i));
     }
     return table(first, use).upload<Entry>(pointers, first.device(), [&] {
       std::vector<Entry> entries;
@@ -152,7 +154,6 @@ FusedSteps::Impl::Sums FusedSteps::Impl::add(const LowRankShape& shape,
       return entries;
     });
   };
-  const auto scales_of = [&](size_t i) { return scales.empty() ? nullptr : floats(scales[i]); };
   if (ranked && type != at::kFloat &&
       can_add(rank_basis(basis), like(shape, gradients), norm == 1)) {
     sums.batch = batch_of(shape, first, gradients);
@@ -247,7 +248,9 @@ void FusedSteps::Impl::backproject(const LowRankShape& shape, const std::vector<
   const auto& to = narrow.bytes.empty() ? parameters : narrow.bytes;
   const auto element = element_of(to[0]);
   std::vector<const void*> pointers = {u.const_data_ptr(), q.const_data_ptr()};
-  for (const auto& parameter : parameters) pointers.push_back(parameter.const_data_ptr());
+  for (const auto* tensors : {&parameters, &to, &narrow.scales}) {
+    for (const auto& tensor : *tensors) pointers.push_back(tensor.const_data_ptr());
+  }
   const auto* matrices =
       table(to[0], Use::kBackproject)
           .upload<BackprojectMatrix>(pointers, parameters[0].device(), [&] {
@@ -419,7 +422,7 @@ Tensor FusedSteps::low_rank(const std::vector<FusedTensor>& given, const FusedLo
     indices.push_back(t.indices);
     steps.push_back(t.step);
   }
-  const auto chosen = at::stack(indices);
+  const auto chosen = at::cat(indices).view({-1, rank});
   int64_t done = 0;
   const auto most = most_at_once(2 * (low * rank + (copies ? rows * columns : 0)));
   each_batch(tensors, most, [&](const auto& batch) {

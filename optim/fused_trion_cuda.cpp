@@ -2,6 +2,8 @@
 #include <ounce/optim/fused_step_parts.h>
 #include <ounce/optim/product_kernels.h>
 
+#include <limits>
+
 namespace ounce::optim {
 
 namespace {
@@ -94,8 +96,9 @@ void move_all(Impl& impl, const std::vector<FusedMomentum>& matrices, const Tens
                   c10::cuda::getCurrentCUDAStream()));
 }
 
-// Up to `most`, so that the products of Newton-Schulz leave the fewest multiprocessors idle.
-int64_t best_count(int64_t rows, int64_t columns, int64_t most) {
+// How many matrices of `all` go together, up to `most`, so that the products of Newton-Schulz leave
+// the fewest multiprocessors idle.
+int64_t best_count(int64_t rows, int64_t columns, int64_t all, int64_t most) {
   const auto processors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
   const auto n = std::min(rows, columns), longer = std::max(rows, columns);
   const auto turns = [&](int64_t count) {
@@ -106,8 +109,11 @@ int64_t best_count(int64_t rows, int64_t columns, int64_t most) {
     return of(n, n, longer, true) + of(n, n, n, true) + of(rows, columns, n, false);
   };
   int64_t best = 1;
-  for (int64_t count = 2; count <= most; ++count) {
-    if (turns(count) * static_cast<double>(best) <= turns(best) * static_cast<double>(count)) {
+  double fewest = std::numeric_limits<double>::infinity();
+  for (int64_t count = 1; count <= std::min(all, most); ++count) {
+    const double whole = static_cast<double>(all / count) * turns(count) + turns(all % count);
+    if (whole <= fewest) {
+      fewest = whole;
       best = count;
     }
   }
@@ -184,17 +190,19 @@ bool FusedSteps::takes(const FusedMomentum& m, const FusedTrion& how) {
                                      is_aligned(m.momentum)));
 }
 
-void FusedSteps::trion(const std::vector<FusedMomentum>& matrices, const FusedTrion& how,
+void FusedSteps::trion(const std::vector<FusedMomentum>& given, const FusedTrion& how,
                        const FusedSettings& s) {
-  if (matrices.empty()) return;
-  const c10::cuda::CUDAGuard guard(matrices[0].parameter.device());
+  if (given.empty()) return;
+  const c10::cuda::CUDAGuard guard(given[0].parameter.device());
+  auto matrices = given;
+  for (auto& m : matrices) m.gradient = read_by_boxes(m.gradient);
   const auto& first = matrices[0];
   const auto rows = first.parameter.size(0), columns = first.parameter.numel() / rows;
   const auto n = std::min(rows, columns), longer = std::max(rows, columns);
   if (how.rank == 0) {
     // Directions before and after, and four Gram matrices.
     const auto most = most_at_once(2 * (2 * rows * columns + 4 * n * n));
-    each_batch(matrices, best_count(rows, columns, most),
+    each_batch(matrices, best_count(rows, columns, static_cast<int64_t>(matrices.size()), most),
                [&](const auto& batch) { full_rank_step(*impl_, batch, how, s); });
     return;
   }

@@ -285,7 +285,7 @@ __device__ Scalars scalars_of(const Arguments& a, const BackprojectMatrix& matri
   const float lr = scalar(a.lr, 1);
   Scalars s{a.decay - lr * a.weight_decay, lr * a.factor, 0};
   if constexpr (kind == Kind::kStochastic16) {
-    const auto step = static_cast<uint32_t>(static_cast<int64_t>(__ldg(matrix.step)) + 1);
+    const auto step = static_cast<uint32_t>(static_cast<int64_t>(*matrix.step) + 1);
     s.stream = rounding::row_of(rounding::stream_of(step, matrix.seed), 0);
   }
   return s;
@@ -432,7 +432,9 @@ template <int rank, bool right, Kind kind>
 __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     backproject_tiles(const __grid_constant__ Arguments a) {
   using M = Memory<rank, kind>;
-  if (a.skip != nullptr && __ldg(a.skip) != 0) return;
+  let_next_come();
+  wait_for_previous();
+  if (a.skip != nullptr && *a.skip != 0) return;
   extern __shared__ char raw[];
   const M memory(raw);
   const uint32_t block = ptx::block_in_cluster();

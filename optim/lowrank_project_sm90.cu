@@ -204,9 +204,9 @@ struct Column {
     source = -1;
     squares = 0;
     if (j >= rank) return;
-    source = matrix.source == nullptr ? j : __ldg(matrix.source + j);
+    source = matrix.source == nullptr ? j : matrix.source[j];
     if (matrix.squares == nullptr) return;
-    squares = __ldg(matrix.squares + (matrix.chosen == nullptr ? j : __ldg(matrix.chosen + j)));
+    squares = matrix.squares[matrix.chosen == nullptr ? j : matrix.chosen[j]];
   }
   __device__ bool fresh(int rank) const { return source < 0 || source >= rank; }
   template <class M>
@@ -469,7 +469,7 @@ __device__ void multiply(const Arguments& a, const M& memory, int cluster, uint3
     Column columns[kColumns];  // asked for early: they come under the products
     float step = 0;
     if constexpr (M::kAdam) {
-      step = __ldg(matrix.step);
+      step = *matrix.step;
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) columns[i].ask(matrix, thread + i * kGroup, a.rank);
     }
@@ -521,7 +521,9 @@ template <int rank, bool right, Finish finish>
 __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     project_tiles(const __grid_constant__ Arguments a) {
   using M = Memory<rank, finish>;
-  if (a.skip != nullptr && __ldg(a.skip) != 0) {
+  let_next_come();
+  wait_for_previous();
+  if (a.skip != nullptr && *a.skip != 0) {
     clear(a);
     return;
   }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <ounce/kernels/common/launch.h>
 #include <ounce/kernels/common/ptx.h>
 #include <ounce/kernels/common/tma.h>
 #include <ounce/kernels/common/wgmma.h>
@@ -210,7 +211,7 @@ __device__ inline uint32_t pack(float first, float second) {
 
 // The device scalar, or what it is without.
 __device__ inline float scalar(const float* p, float otherwise) {
-  return p == nullptr ? otherwise : __ldg(p);
+  return p == nullptr ? otherwise : *p;
 }
 
 // Pieces of kPairRows of a dimension, of all matrices in turn: clusters work on neighbours at the
@@ -255,8 +256,7 @@ cudaError_t launch_clusters(void (*kernel)(Arguments), const Arguments& a, int m
   const auto error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory);
   if (error != cudaSuccess) return error;
-  kernel<<<2 * a.clusters, kThreads, memory, stream>>>(a);
-  return cudaGetLastError();
+  return launch_early(kernel, dim3(2 * a.clusters), dim3(kThreads), memory, stream, a);
 }
 
 inline bool is_valid(const LowRankShape& s) {

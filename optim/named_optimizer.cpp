@@ -284,7 +284,8 @@ at::Tensor NamedOptimizer::checked_skip(const StepControl& control) const {
     const auto check = values.contains("check_finite") ? values.text("check_finite") : "off";
     if (check == "off") continue;
     for (const auto& parameter : group.params()) {
-      if (!parameter.grad().defined()) continue;
+      const auto& gradient = parameter.grad();
+      if (!gradient.defined() || gradient.layout() != at::kStrided) continue;
       (check == "skip" ? skipping : raising).push_back(parameter);
     }
   }

@@ -29,9 +29,11 @@ NamedParameters named_parameters(const std::vector<at::Tensor>& parameters);
 
 // What step() does where a gradient of a group holds an infinity or a NaN, or their norm is one.
 enum class CheckFinite {
-  kOff,    // it is not looked for
-  kSkip,   // nothing changes, as with control.skip; no host synchronisation
-  kRaise,  // Fault::kProblem, which names the parameters; nothing has changed then
+  kOff,   // it is not looked for
+  kSkip,  // nothing changes, as with control.skip; no host synchronisation
+  // Fault::kProblem, which names the parameters, whatever control.skip says; nothing has changed
+  // then, but for the parameters that a LayerwiseStepper stepped before.
+  kRaise,
 };
 
 class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
@@ -117,10 +119,10 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
   size_t index_of(const at::Tensor& parameter) const;
 
  private:
-  NamedParameters parameters_;
   // control.skip, and whether a group's option `check_finite` finds a reason to.
   at::Tensor checked_skip(const StepControl& control) const;
 
+  NamedParameters parameters_;
   UpdateHook hook_;
   std::unordered_map<const void*, size_t> index_;
 };

@@ -2,6 +2,7 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <ounce/core/check.h>
 #include <ounce/optim/product.h>
 #include <ounce/optim/product_kernels.h>
 
@@ -32,6 +33,14 @@ Tensor fused_product(const Product& p) {
   if (!a_fits || !b_fits ||
       (p.c.defined() && (!is_known(p.c) || p.c.scalar_type() != given || !is_row_major(p.c))))
     return {};
+  OUNCE_CHECK(p.b.size(0) == p.a.size(0) && p.b.size(1) == p.a.size(2) &&
+                  p.b.device() == p.a.device() &&
+                  (!p.c.defined() ||
+                   (p.c.device() == p.a.device() &&
+                    p.c.sizes() == at::IntArrayRef{p.a.size(0), p.a.size(1), p.b.size(2)})),
+              "[product] expected a [count, m, k], b [count, k, n], c [count, m, n] on one device, "
+              "got ",
+              p.a.sizes(), " and ", p.b.sizes());
   BatchedProduct kernel = {.count = p.a.size(0),
                            .m = p.a.size(1),
                            .n = p.b.size(2),

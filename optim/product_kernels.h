@@ -25,7 +25,7 @@ struct BatchedProduct {
   float alpha = 1, beta = 0, diagonal = 0;
 };
 
-// Sides are multiples of 8, fewer than 2^31 elements a dimension; a is not transposed alone.
+// Sides are multiples of 8 below 2^30; not both a and b are transposed.
 bool can_multiply(const BatchedProduct& product);
 // How long it takes, as multiples of something: a multiprocessor multiplies whole tiles.
 double turns_of(const BatchedProduct& product, int processors);

@@ -36,7 +36,7 @@ struct FormOf {
 };
 
 struct Arguments {
-  CUtensorMap a, b, c, d, mirrored;
+  CUtensorMap a, b, c, d;
   BatchedProduct product;
   int clusters, pairs, columns;  // tiles of a matrix: two by two along m, and along n
 };
@@ -175,13 +175,18 @@ __device__ void stage(const Lane& at, uint32_t out, bool half, const float (&d)[
 // Of the named barriers: the turn of a warpgroup to use the output's memory; its tile is staged.
 constexpr int kOutTurn = kMultiplyTurn + kLanes, kStaged = kOutTurn + kLanes;
 
-// What is staged, to global memory; then its memory is free.
-template <int boxes, int rows>
-__device__ void store_boxes(const CUtensorMap* map, uint32_t out, int column, int row, int matrix,
-                            int64_t columns) {
-  for (int box = 0; box < boxes; ++box, column += kBoxColumns) {
-    if (column >= columns) break;
-    tma::store(map, out + box * rows * tma::kRowBytes, column, row, matrix);
+// What is staged, rows x columns, to `row` and `column` of a matrix, in the boxes of 64 x 64 that
+// wanted(row, column) of their first element; then its memory is free.
+template <int rows, int columns, class F>
+__device__ void store_boxes(const Arguments& a, uint32_t out, int row, int column, int matrix,
+                            const F& wanted) {
+  for (int c = 0; c < columns; c += kBoxColumns) {
+    for (int r = 0; r < rows; r += kBoxColumns) {
+      if (row + r >= a.product.m || column + c >= a.product.n) continue;
+      if (!wanted(row + r, column + c)) continue;
+      tma::store(&a.d, out + (c / kBoxColumns * rows + r) * tma::kRowBytes, column + c, row + r,
+                 matrix);
+    }
   }
   tma::commit_stores();
   tma::wait_stores_read();
@@ -220,15 +225,19 @@ __device__ void finish(const Arguments& a, const typename Form::Memory& memory,
   stage<false>(at, out, p.out_is_half, d);
   ptx::fence_shared_for_async();
   ptx::named_wait(kStaged + turn, kGroup);
-  if (first) store_boxes<Form::kBoxes, kRows>(&a.d, out, column, row, walk.matrix, p.n);
+  // Each box of a symmetric matrix is written once: the lower half and the diagonal as they are.
+  if (first) {
+    store_boxes<kRows, Form::kColumns>(a, out, row, column, walk.matrix,
+                                       [&](int r, int c) { return !p.symmetric || r >= c; });
+  }
   if (p.symmetric) {
     ptx::named_wait(kStaged + turn, kGroup);
     stage<true>(at, out, p.out_is_half, d);
     ptx::fence_shared_for_async();
     ptx::named_wait(kStaged + turn, kGroup);
     if (first) {
-      store_boxes<kRows / kBoxColumns, Form::kColumns>(&a.mirrored, out, row, column, walk.matrix,
-                                                       p.m);
+      store_boxes<Form::kColumns, kRows>(a, out, column, row, walk.matrix,
+                                         [](int r, int c) { return r < c; });
     }
   }
   if (first) {
@@ -323,8 +332,7 @@ cudaError_t launch(const BatchedProduct& p, cudaStream_t stream) {
   Form::b_transposed ? map(&a.b, p.b, p.n, p.k, Form::kColumns / 2)
                      : map(&a.b, p.b, p.k, p.n, kDepth / 2);
   if (p.c != nullptr) map(&a.c, p.c, p.m, p.n, kRows);
-  map(&a.d, p.d, p.m, p.n, kRows);
-  if (p.symmetric) map(&a.mirrored, p.d, p.m, p.n, Form::kColumns);
+  map(&a.d, p.d, p.m, p.n, kBoxColumns);
   if (status != cudaSuccess) return status;
   constexpr int kBytes = Form::Memory::kBytes;
   status =

@@ -352,8 +352,10 @@ Trion::Bucket Trion::fused_step(const Bucket& bucket, const StepControl& control
     const auto& [name, parameter] = parameters()[piece.parameter];
     auto& slot = slots_[piece.parameter];
     if (!has_gradient(name_, name, parameter, slot.step)) continue;
-    const auto part = [&](const Tensor& t) { return t.narrow(0, piece.from, bucket.rows); };
-    const FusedMomentum matrix{.parameter = part(parameter.detach()),
+    const auto part = [&](const Tensor& t) {
+      return bucket.rows == t.size(0) ? t : t.narrow(0, piece.from, bucket.rows);
+    };
+    const FusedMomentum matrix{.parameter = part(parameter),
                                .gradient = part(parameter.grad()),
                                .momentum = part(slot.momentum),
                                .step = slot.step,

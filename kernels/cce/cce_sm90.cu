@@ -109,8 +109,8 @@ __device__ void fetch(const Arguments& a, Memory<pass> memory, int depth_steps, 
       memory.claim(place);
       const uint32_t full = memory.full(place.stage);
       tma::load(memory.left(place.stage), &a.hidden, step * kDepth, row, full);
-      tma::load_multicast(memory.right(place.stage) + block * (Memory<pass>::kRightBytes / 2), &a.weight,
-                          step * kDepth, column, full, 0b11);
+      tma::load_multicast(memory.right(place.stage) + block * (Memory<pass>::kRightBytes / 2),
+                          &a.weight, step * kDepth, column, full, 0b11);
     }
   }
 }

@@ -69,6 +69,7 @@ def row_of(arguments, variant, means, val_loss, first):
     return {
         "t": "curve",
         "config": arguments.config,
+        "data": arguments.data,
         "restarted": arguments.restart,
         "variant": variant,
         "steps": len(means) * SPAN,
@@ -87,6 +88,7 @@ def main():
     parser.add_argument("config", help="a name in examples/configs")
     parser.add_argument("variants", nargs="+", metavar="NAME[:KEY=VALUE,...]")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--data", default="", help="what the text is: kept with the curves")
     parser.add_argument("--restart", action="store_true", help="every 20 steps from the first variant's state")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of all variants")
     parser.add_argument("--json", help="append a JSON object a variant to this file")

@@ -164,6 +164,11 @@ TEST_P(Dct, NewtonSchulzBringsSingularValuesToOne) {
   EXPECT_EQ(all[1].abs().max().item<double>(), 0);
 }
 
+TEST(NewtonSchulz, IsNotDifferentiated) {
+  const auto x = torch::randn({2, 8, 12}).requires_grad_();
+  EXPECT_FALSE(newton_schulz(x, 5, Iteration::kQuintic).requires_grad());
+}
+
 TEST(DctRefuses, ByName) {
   const auto g = torch::randn({6, 10});
   const auto indices = torch::arange(3, at::kInt);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The batched product of bf16 against fp64.
+// The batched product of 16 bits against fp64.
 #include <gtest/gtest.h>
 #include <ounce/optim/dct.h>
 #include <ounce/optim/product.h>
@@ -81,6 +81,16 @@ TEST_P(FusedProduct, RepeatsBitForBit) {
   const Product p = {.a = a, .b = b, .c = c, .beta = 2};
   const auto first = fused_product(p);
   for (int i = 0; i < 5; ++i) EXPECT_TRUE(at::equal(fused_product(p), first));
+  // Of matrices that commute nearly: each half of the result would be another's by a last bit.
+  for (const int64_t n : {256, 768, 1536}) {
+    const auto y = random({3, n, 2 * n});
+    const auto gram = fused_product({.a = y, .b = y.mT(), .symmetric = true}) / (2.0 * n);
+    const auto square = fused_product({.a = gram, .b = gram.mT(), .c = gram, .symmetric = true});
+    const Product both = {.a = gram, .b = square.mT(), .symmetric = true};
+    const auto once = fused_product(both);
+    for (int i = 0; i < 20; ++i) EXPECT_TRUE(at::equal(fused_product(both), once)) << n;
+    EXPECT_LE(rms_error(once, exact(both)), 5e-3);
+  }
 }
 
 TEST_P(FusedProduct, LeavesTheRestToOthers) {

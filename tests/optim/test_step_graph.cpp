@@ -30,8 +30,8 @@ template <class O, class Options>
 std::vector<Tensor> trained(const Options& options, const at::Device& device, bool in_graph) {
   torch::manual_seed(1);
   std::vector<Tensor> parameters;
-  for (const auto& sizes :
-       std::vector<std::vector<int64_t>>{{256, 128}, {256, 128}, {128, 320}, {40}}) {
+  for (const auto& sizes : std::vector<std::vector<int64_t>>{
+           {256, 128}, {256, 128}, {128, 320}, {1041, 1024}, {256, 704}, {40}}) {
     parameters.push_back(
         torch::randn(sizes, torch::device(device)).to(at::kBFloat16).requires_grad_());
     parameters.back().mutable_grad() = torch::empty_like(parameters.back());
