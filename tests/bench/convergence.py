@@ -139,13 +139,13 @@ def measure_time(arguments, study, variants, rows, append):
 
 
 def summaries(study, variants, rows):
-    """Means over the seeds, of the variants whose runs are all there."""
+    """Means over the seeds that are there."""
     for variant in variants:
         name = variant["name"]
         best, _ = best_rate(study, variant, rows)
         runs = [run for run in runs_of(rows, name, study["steps"]) if run["lr"] == best]
         runs = list({run["seed"]: run for run in runs}.values())
-        if best is None or len(runs) < len(study["seeds"]) or any(run["val_loss"] is None for run in runs):
+        if best is None or not runs or any(run["val_loss"] is None for run in runs):
             continue
         times = [row["step_ms"] for row in rows if row["t"] == "time" and row["optimizer"] == name]
         mean = lambda key: statistics.fmean(run[key] for run in runs)

@@ -103,13 +103,14 @@ COLUMNS = {
     "val_loss": ("validation", "{:.3f}".format),
     "worst_pct": ("worst difference %", "{:.2f}".format),
     "lr": ("learning rate", "{:g}".format),
-    "val_range": ("of the seeds", lambda v: " to ".join(map("{:.3f}".format, v))),
+    "seeds": ("seeds", "{}".format),
+    "val_range": ("of them", lambda v: " to ".join(map("{:.3f}".format, v))),
     "train_loss": ("training", "{:.3f}".format),
 }
 DEFAULT_COLUMNS = {
     "bench": "name shape dtype forward_ms backward_ms both_ms peak_bytes share_of_limit".split(),
     "ckpt": "peer state_gb fb_ms every blocked_ms inside_ms wait_ms durable_s slowdown_flush_pct extra_rss_mb restore_s".split(),
-    "convergence": "optimizer lr val_loss val_range train_loss step_ms state_bytes".split(),
+    "convergence": "optimizer lr seeds val_loss val_range train_loss step_ms state_bytes".split(),
     "curve": "config variant steps loss_first loss_middle loss_last val_loss worst_pct".split(),
     "fuzz": "target seconds executions coverage features crashes".split(),
     "kill": "count seconds failures".split(),
