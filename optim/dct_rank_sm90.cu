@@ -209,11 +209,8 @@ int64_t units_of(const RankBatch& batch) {
 
 template <class S, Input input, bool absolutes>
 cudaError_t launch(const RankJob& job, cudaStream_t stream) {
-  const auto kernel = rank_of<S, input, absolutes>;
-  const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(S::kShared));
-  if (status != cudaSuccess) return status;
-  return launch_early(kernel, dim3(job.blocks), dim3(S::kThreads), S::kShared, stream, job);
+  return launch_early(rank_of<S, input, absolutes>, dim3(job.blocks), dim3(S::kThreads), S::kShared,
+                      stream, job);
 }
 
 template <class S>

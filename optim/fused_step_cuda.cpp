@@ -135,7 +135,7 @@ FusedSteps::Impl::Sums FusedSteps::Impl::add(const LowRankShape& shape,
   }
   std::vector<Tensor> gradients;
   for (const auto& m : matrices) {
-    gradients.push_back(m.gradient.contiguous());
+    gradients.push_back(m.gradient);
     if (!scratch.defined()) sums.all.push_back(m.momentum);
   }
   const auto scales_of = [&](size_t i) { return scales.empty() ? nullptr : floats(scales[i]); };

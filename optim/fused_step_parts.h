@@ -144,6 +144,7 @@ struct FusedSteps::Impl {
   // What is ranked of matrices, fp32 or bf16; `key` is the same at every step.
   RankBatch batch_of(const LowRankShape& shape, const Tensor& key,
                      const std::vector<Tensor>& matrices);
+  // Gradients are as read_by_boxes() gives them, here and in add().
   // momentum = keep (momentum + gradient), and the directions [count, ...] where they are defined.
   void add_gradients(const std::vector<FusedMomentum>& matrices, const FusedSettings& s,
                      double keep, bool nesterov, uint64_t seed, const Tensor& directions);

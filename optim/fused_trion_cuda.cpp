@@ -14,13 +14,11 @@ using Impl = FusedSteps::Impl;
 
 void Impl::add_gradients(const std::vector<FusedMomentum>& matrices, const FusedSettings& s,
                          double keep, bool nesterov, uint64_t seed, const Tensor& directions) {
-  std::vector<Tensor> gradients;
   std::vector<const void*> pointers = {directions.defined() ? directions.const_data_ptr()
                                                             : nullptr};
   for (const auto& m : matrices) {
-    gradients.push_back(m.gradient.contiguous());
     for (const Tensor* part :
-         std::initializer_list<const Tensor*>{&m.momentum, &gradients.back(), &m.step}) {
+         std::initializer_list<const Tensor*>{&m.momentum, &m.gradient, &m.step}) {
       pointers.push_back(part->const_data_ptr());
     }
   }
@@ -31,10 +29,10 @@ void Impl::add_gradients(const std::vector<FusedMomentum>& matrices, const Fused
                             for (size_t i = 0; i < matrices.size(); ++i) {
                               const auto& m = matrices[i];
                               const bool aligned =
-                                  is_aligned(m.momentum) && is_aligned(gradients[i]) &&
+                                  is_aligned(m.momentum) && is_aligned(m.gradient) &&
                                   reinterpret_cast<uintptr_t>(row(directions, i)) % 16 == 0;
                               all.push_back({.momentum = m.momentum.data_ptr(),
-                                             .gradient = gradients[i].const_data_ptr(),
+                                             .gradient = m.gradient.const_data_ptr(),
                                              .direction = row(directions, i),
                                              .step = floats(m.step),
                                              .seed = m.seed + seed,
@@ -48,7 +46,7 @@ void Impl::add_gradients(const std::vector<FusedMomentum>& matrices, const Fused
       optim::momentum({.tensors = table,
                        .count = static_cast<int>(matrices.size()),
                        .blocks = static_cast<int>(matrices.size()) * each,
-                       .gradients_are_fp32 = gradients[0].scalar_type() == at::kFloat,
+                       .gradients_are_fp32 = matrices[0].gradient.scalar_type() == at::kFloat,
                        .momenta_are_fp32 = matrices[0].momentum.scalar_type() == at::kFloat,
                        .nesterov = nesterov,
                        .keep = static_cast<float>(keep),

@@ -10,7 +10,6 @@
 #include <ounce/kernels/common/tma.h>
 #include <ounce/kernels/common/wgmma.h>
 
-#include <ounce/kernels/common/wgmma_sizes.h>
 #include <ounce/optim/lowrank_kernels.h>
 #include <ounce/optim/rounding_streams.h>
 #include <ounce/optim/stochastic_rounding_device.h>
@@ -239,23 +238,9 @@ __device__ void run_block(const Fetch& fetch, const Multiply& multiply) {
   ptx::cluster_sync();
 }
 
-// That have work and find room at once.
-inline cudaError_t count_clusters(int items, int* clusters) {
-  int device = 0, processors = 0;
-  auto error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  *clusters = std::min(items, processors / 2);
-  return error;
-}
-
 template <class Arguments>
 cudaError_t launch_clusters(void (*kernel)(Arguments), const Arguments& a, int memory,
                             cudaStream_t stream) {
-  // An attribute is of the current device.
-  const auto error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory);
-  if (error != cudaSuccess) return error;
   return launch_early(kernel, dim3(2 * a.clusters), dim3(kThreads), memory, stream, a);
 }
 

@@ -8,9 +8,6 @@
 #include <ounce/kernels/common/launch.h>
 #include <ounce/kernels/common/tiles.h>
 #include <ounce/kernels/common/tma.h>
-#include <ounce/kernels/common/wgmma_sizes.h>
-
-#include <algorithm>
 
 #include <ounce/optim/product_kernels.h>
 
@@ -315,16 +312,11 @@ cudaError_t map_of(CUtensorMap* map, const void* data, const BatchedProduct& p, 
 
 template <class Form>
 cudaError_t launch(const BatchedProduct& p, cudaStream_t stream) {
-  int device = 0, processors = 0;
-  auto status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return status;
   Arguments a;
   a.product = p;
   a.pairs = static_cast<int>(pieces(p.m, kPairRows));
   a.columns = static_cast<int>(pieces(p.n, Form::kColumns));
-  a.clusters = static_cast<int>(std::min<int64_t>(p.count * a.pairs * a.columns, processors / 2));
+  auto status = count_clusters(p.count * a.pairs * a.columns, &a.clusters);
   const auto map = [&](CUtensorMap* to, const void* data, int64_t rows, int64_t columns, int box) {
     if (status == cudaSuccess) status = map_of(to, data, p, rows, columns, box);
   };
@@ -334,12 +326,8 @@ cudaError_t launch(const BatchedProduct& p, cudaStream_t stream) {
   if (p.c != nullptr) map(&a.c, p.c, p.m, p.n, kRows);
   map(&a.d, p.d, p.m, p.n, kBoxColumns);
   if (status != cudaSuccess) return status;
-  constexpr int kBytes = Form::Memory::kBytes;
-  status =
-      cudaFuncSetAttribute(multiply_of<Form>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (status != cudaSuccess) return status;
-  return launch_early(multiply_of<Form>, dim3(2 * a.clusters), dim3(tiles::kThreads), kBytes,
-                      stream, a);
+  return launch_early(multiply_of<Form>, dim3(2 * a.clusters), dim3(tiles::kThreads),
+                      Form::Memory::kBytes, stream, a);
 }
 
 template <int columns, bool half>

@@ -30,60 +30,114 @@ __device__ inline void wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// N = 192, bf16 or fp16 (`half`). `add` = 0 overwrites D.
+// A as one thread holds it: of every 16 inner indices four registers, each of two neighbours along
+// the inner dimension, in the order of ldmatrix: rows l / 4 and l / 4 + 8 of inner 2 (l % 4), then
+// the same rows of inner 2 (l % 4) + 8.
+using Fragment = uint32_t[4];
+
+// clang-format off
+#define OUNCE_WGMMA_D8(i)                                                             \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]),         \
+  "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define OUNCE_WGMMA_D32(i) \
+  OUNCE_WGMMA_D8(i), OUNCE_WGMMA_D8(i + 8), OUNCE_WGMMA_D8(i + 16), OUNCE_WGMMA_D8(i + 24)
+#define OUNCE_WGMMA_PLACES0 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, " \
+  "%8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define OUNCE_WGMMA_PLACES32 \
+  "%32, %33, %34, %35, %36, %37, %38, %39, " \
+  "%40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, " \
+  "%56, %57, %58, %59, %60, %61, %62, %63"
+#define OUNCE_WGMMA_PLACES64 \
+  "%64, %65, %66, %67, %68, %69, %70, %71, " \
+  "%72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, " \
+  "%88, %89, %90, %91, %92, %93, %94, %95"
+#define OUNCE_WGMMA_PLACES96 \
+  "%96, %97, %98, %99, %100, %101, %102, %103, " \
+  "%104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, " \
+  "%120, %121, %122, %123, %124, %125, %126, %127"
+// clang-format on
+
+// `a`, `b`, `add`, `ta`, `tb`: the numbers of the operands after D's.
+#define OUNCE_WGMMA_OF(type, n, places, a, b, add, ta, tb)                                       \
+  "{\n.reg .pred add;\nsetp.ne.b32 add, %" #add                                                  \
+  ", 0;\n"                                                                                       \
+  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" places "}, %" #a ", %" #b \
+  ", add, 1, 1, %" #ta ", %" #tb ";\n}"
+#define OUNCE_WGMMA(n, places, a, b, add, ta, tb) \
+  OUNCE_WGMMA_OF("bf16", n, places, a, b, add, ta, tb)
+// fp16 or bf16: by `half`. Behind the operands: the registers of D.
+#define OUNCE_WGMMA_EITHER(n, places, a_, b_, add_, ta, tb, ...)         \
+  if constexpr (half) {                                                  \
+    asm volatile(OUNCE_WGMMA_OF("f16", n, places, a_, b_, add_, ta, tb)  \
+                 : __VA_ARGS__                                           \
+                 : "l"(a), "l"(b), "r"(add), "n"(int{a_is_transposed}),  \
+                   "n"(int{b_is_transposed}));                           \
+  } else {                                                               \
+    asm volatile(OUNCE_WGMMA_OF("bf16", n, places, a_, b_, add_, ta, tb) \
+                 : __VA_ARGS__                                           \
+                 : "l"(a), "l"(b), "r"(add), "n"(int{a_is_transposed}),  \
+                   "n"(int{b_is_transposed}));                           \
+  }
+
+// bf16, or of N = 128 and 192 fp16 (`half`). `add` = 0 overwrites D.
+template <bool a_is_transposed = false, bool b_is_transposed = false>
+__device__ inline void multiply(float (&d)[32], uint64_t a, uint64_t b, int add) {
+  asm volatile(OUNCE_WGMMA(64, OUNCE_WGMMA_PLACES0, 32, 33, 34, 35, 36)
+               : OUNCE_WGMMA_D32(0)
+               : "l"(a), "l"(b), "r"(add), "n"(int{a_is_transposed}), "n"(int{b_is_transposed}));
+}
+template <bool a_is_transposed = false, bool b_is_transposed = false, bool half = false>
+__device__ inline void multiply(float (&d)[64], uint64_t a, uint64_t b, int add) {
+  OUNCE_WGMMA_EITHER(128, OUNCE_WGMMA_PLACES0 ", " OUNCE_WGMMA_PLACES32, 64, 65, 66, 67, 68,
+                     OUNCE_WGMMA_D32(0), OUNCE_WGMMA_D32(32))
+}
 template <bool a_is_transposed = false, bool b_is_transposed = false, bool half = false>
 __device__ inline void multiply(float (&d)[96], uint64_t a, uint64_t b, int add) {
-// clang-format off
-#define OUNCE_MULTIPLY(type)                                                           \
-  asm volatile(                                                                        \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\n"                                \
-      "wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type                     \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, "                                             \
-      "%8, %9, %10, %11, %12, %13, %14, %15, "                                         \
-      "%16, %17, %18, %19, %20, %21, %22, %23, "                                       \
-      "%24, %25, %26, %27, %28, %29, %30, %31, "                                       \
-      "%32, %33, %34, %35, %36, %37, %38, %39, "                                       \
-      "%40, %41, %42, %43, %44, %45, %46, %47, "                                       \
-      "%48, %49, %50, %51, %52, %53, %54, %55, "                                       \
-      "%56, %57, %58, %59, %60, %61, %62, %63, "                                       \
-      "%64, %65, %66, %67, %68, %69, %70, %71, "                                       \
-      "%72, %73, %74, %75, %76, %77, %78, %79, "                                       \
-      "%80, %81, %82, %83, %84, %85, %86, %87, "                                       \
-      "%88, %89, %90, %91, %92, %93, %94, %95}, "                                      \
-      "%96, %97, add, 1, 1, %99, %100;\n}"                                             \
-      :                                                                                \
-      "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),                                  \
-      "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),                                  \
-      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),                                \
-      "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),                              \
-      "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),                              \
-      "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),                              \
-      "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),                              \
-      "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),                              \
-      "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),                              \
-      "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),                              \
-      "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),                              \
-      "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),                              \
-      "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]),                              \
-      "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),                              \
-      "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),                              \
-      "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),                              \
-      "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]),                              \
-      "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),                              \
-      "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]),                              \
-      "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),                              \
-      "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]),                              \
-      "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),                              \
-      "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]),                              \
-      "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])                               \
-      : "l"(a), "l"(b), "r"(add), "n"(int{a_is_transposed}), "n"(int{b_is_transposed}))
-  // clang-format on
-  if constexpr (half) {
-    OUNCE_MULTIPLY("f16");
-  } else {
-    OUNCE_MULTIPLY("bf16");
-  }
-#undef OUNCE_MULTIPLY
+  OUNCE_WGMMA_EITHER(192, OUNCE_WGMMA_PLACES0 ", " OUNCE_WGMMA_PLACES32 ", " OUNCE_WGMMA_PLACES64,
+                     96, 97, 98, 99, 100, OUNCE_WGMMA_D32(0), OUNCE_WGMMA_D32(32),
+                     OUNCE_WGMMA_D32(64))
+}
+template <bool a_is_transposed = false, bool b_is_transposed = false>
+__device__ inline void multiply(float (&d)[128], uint64_t a, uint64_t b, int add) {
+  asm volatile(OUNCE_WGMMA(256,
+                           OUNCE_WGMMA_PLACES0 ", " OUNCE_WGMMA_PLACES32 ", " OUNCE_WGMMA_PLACES64
+                                               ", " OUNCE_WGMMA_PLACES96,
+                           128, 129, 130, 131, 132)
+               : OUNCE_WGMMA_D32(0), OUNCE_WGMMA_D32(32), OUNCE_WGMMA_D32(64), OUNCE_WGMMA_D32(96)
+               : "l"(a), "l"(b), "r"(add), "n"(int{a_is_transposed}), "n"(int{b_is_transposed}));
+}
+// The registers of `a` stay as they are until the product is done.
+template <bool b_is_transposed = false>
+__device__ inline void multiply(float (&d)[32], const Fragment& a, uint64_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" OUNCE_WGMMA_PLACES0
+      "}, {%32, %33, %34, %35}, %36, add, 1, 1, %38;\n}"
+      : OUNCE_WGMMA_D32(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int{b_is_transposed}));
+}
+
+#undef OUNCE_WGMMA
+#undef OUNCE_WGMMA_OF
+#undef OUNCE_WGMMA_EITHER
+#undef OUNCE_WGMMA_PLACES0
+#undef OUNCE_WGMMA_PLACES32
+#undef OUNCE_WGMMA_PLACES64
+#undef OUNCE_WGMMA_PLACES96
+#undef OUNCE_WGMMA_D32
+#undef OUNCE_WGMMA_D8
+
+// After wait(): no use of D moves before it.
+template <int n>
+__device__ inline void arrived(float (&d)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 }  // namespace ounce::wgmma
