@@ -246,7 +246,8 @@ FusedSettings fused_settings(const StepControl& control, const NamedOptimizer::G
           .beta2 = o.beta2,
           .eps = o.eps,
           .weight_decay = o.weight_decay,
-          .stochastic_rounding = o.stochastic_rounding};
+          .stochastic_rounding = o.stochastic_rounding,
+          .consume_gradients = control.consume_gradients};
 }
 
 // A group's parameters that take a fused AdamW step, a launch for each kind.

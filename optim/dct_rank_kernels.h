@@ -20,7 +20,7 @@ enum class RankBasis { kDct2, kIdentity };
 struct RankAddend {
   const void* e = nullptr;        // [rows, columns]
   const float* scales = nullptr;  // of int8: [rows, columns / kInt8Block], of blocks of a row
-  void* sum = nullptr;            // [rows, columns] bf16; may be e
+  void* sum = nullptr;            // [rows, columns] bf16; may be e, or the gradient
   // Of bf16: the sum rounds stochastically, as in stochastic_rounding.h.
   const float* step = nullptr;  // a scalar: steps before this one
   uint64_t seed = 0;

@@ -30,6 +30,7 @@ struct FusedSettings {
   at::Tensor grad_scale, skip;  // fp32 scalars, or undefined
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
   bool stochastic_rounding = true;  // of bf16 parameters; bf16 moments always are
+  bool consume_gradients = false;   // as in StepControl
 };
 
 // As in DctAdamWOptions.
@@ -76,8 +77,9 @@ class FusedSteps {
   // Tensors of the same dtypes.
   void adamw(const std::vector<FusedTensor>& tensors, const FusedSettings& settings);
   // Matrices of the same shape, rank and dtypes. Products take bf16 operands: fp32 gradients are
-  // rounded first, and so are the sums of gradients and residuals. Scratch: up to 512 MiB, or one
-  // matrix's; a basis of each size stays. Where it chooses and measures: fp32 [matrices, 3], the
+  // rounded first, and so are the sums of gradients and residuals; with int8 residuals these take
+  // the memory of bf16 gradients that may be consumed. Scratch: up to 512 MiB, or one matrix's; a
+  // basis of each size stays. Where it chooses and measures: fp32 [matrices, 3], the
   // square sums of what the columns hold of the gradient and of the gradient, and how many columns
   // are new. Else undefined.
   at::Tensor low_rank(const std::vector<FusedTensor>& tensors, const FusedLowRank& how,

@@ -107,6 +107,11 @@ RankBatch like(const LowRankShape& shape, const std::vector<Tensor>& matrices) {
           .aligned = std::all_of(matrices.begin(), matrices.end(), is_aligned)};
 }
 
+// Where the sums with residuals of this type have no memory of their own.
+bool sums_in_gradients(const Tensor& gradient, at::ScalarType residual, const FusedSettings& s) {
+  return s.consume_gradients && residual == at::kChar && gradient.scalar_type() == at::kBFloat16;
+}
+
 }  // namespace
 
 RankBatch FusedSteps::Impl::batch_of(const LowRankShape& shape, const Tensor& key,
@@ -127,16 +132,17 @@ FusedSteps::Impl::Sums FusedSteps::Impl::add(const LowRankShape& shape,
   const auto& first = matrices[0].momentum;
   const auto type = first.scalar_type();
   Sums sums;
+  std::vector<Tensor> gradients;
+  for (const auto& m : matrices) gradients.push_back(m.gradient);
   Tensor scratch;
-  if (type != at::kBFloat16) {
+  if (type == at::kBFloat16) {
+    for (const auto& m : matrices) sums.all.push_back(m.momentum);
+  } else if (sums_in_gradients(gradients[0], type, s)) {
+    sums.all = gradients;
+  } else {
     scratch =
         at::empty({shape.count, shape.rows, shape.columns}, first.options().dtype(at::kBFloat16));
     sums.all = scratch.unbind(0);
-  }
-  std::vector<Tensor> gradients;
-  for (const auto& m : matrices) {
-    gradients.push_back(m.gradient);
-    if (!scratch.defined()) sums.all.push_back(m.momentum);
   }
   const auto scales_of = [&](size_t i) { return scales.empty() ? nullptr : floats(scales[i]); };
   const auto upload = [&]<class Entry>(Use use, const auto& entry_of) {
@@ -281,28 +287,50 @@ void FusedSteps::Impl::backproject(const LowRankShape& shape, const std::vector<
                                     c10::cuda::getCurrentCUDAStream()));
 }
 
+Tensor FusedSteps::Impl::project(const LowRankShape& shape, const Tensor& key,
+                                 const std::vector<Tensor>& matrices, const Choice& choice) {
+  const auto a = at::empty({shape.count, shape.longer(), shape.rank}, choice.q.options());
+  std::vector<const void*> pointers = {a.const_data_ptr(), choice.q.const_data_ptr()};
+  for (const auto& matrix : matrices) pointers.push_back(matrix.const_data_ptr());
+  const auto* all = table(key, Use::kProject).upload<ProjectMatrix>(pointers, a.device(), [&] {
+    std::vector<ProjectMatrix> entries(matrices.size());
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      C10_CUDA_CHECK(
+          fill(shape,
+               {.gradient = matrices[i].const_data_ptr(), .q = row(choice.q, i), .out = row(a, i)},
+               &entries[i]));
+    }
+    return entries;
+  });
+  C10_CUDA_CHECK(
+      optim::project({.shape = shape, .matrices = all}, c10::cuda::getCurrentCUDAStream()));
+  return a;
+}
+
 namespace {
 
-// Adam on the projections of bf16 matrices times `scale`: m, v in place -> u [count, longer, rank];
-// their projections go to `a`, where it is defined.
-Tensor project_adam(FusedSteps::Impl& impl, const LowRankShape& shape,
-                    const std::vector<FusedTensor>& tensors, const std::vector<Tensor>& projected,
-                    const Tensor& scale, const FusedLowRank& how, const FusedSettings& s,
-                    const Choice& choice, const Tensor& a) {
-  const auto u = at::empty({shape.count, shape.longer(), shape.rank}, choice.q.options());
-  const ProjectHow form = {.state = element_of(tensors[0].exp_avg), .keep_a = a.defined()};
+// Adam on the projections `a` of gradients times `scale`: m, v in place -> u, which may be a.
+void adam_batch(FusedSteps::Impl& impl, const LowRankShape& shape,
+                const std::vector<FusedTensor>& tensors, const Tensor& a, const Tensor& u,
+                const Tensor& scale, const FusedLowRank& how, const FusedSettings& s,
+                const Choice& choice) {
   const bool fresh = choice.source.defined() && how.estimate_fresh_columns;
-  std::vector<ProjectTensors> all;
   std::vector<const void*> pointers;
-  for (const auto& part : {u, a, choice.q, choice.indices, choice.source, choice.squares}) {
+  for (const auto& part : {a, u, choice.indices, choice.source, choice.squares}) {
     pointers.push_back(part.defined() ? part.const_data_ptr() : nullptr);
   }
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const auto& t = tensors[i];
-    all.push_back({.gradient = projected[i].const_data_ptr(),
-                   .q = row(choice.q, i),
-                   .out = row(u, i),
-                   .a = row(a, i),
+  for (const auto& t : tensors) {
+    pointers.insert(pointers.end(), {t.exp_avg.const_data_ptr(), t.exp_avg_sq.const_data_ptr()});
+  }
+  const auto* matrices =
+      impl.table(tensors[0].parameter, FusedSteps::Impl::Use::kProjectedAdam)
+          .upload<ProjectedAdamMatrix>(pointers, a.device(), [&] {
+            std::vector<ProjectedAdamMatrix> all;
+            for (size_t i = 0; i < tensors.size(); ++i) {
+              const auto& t = tensors[i];
+              all.push_back(
+                  {.a = row(a, i),
+                   .u = row(u, i),
                    .m = t.exp_avg.data_ptr(),
                    .v = t.exp_avg_sq.data_ptr(),
                    .step = floats(t.step),
@@ -310,29 +338,20 @@ Tensor project_adam(FusedSteps::Impl& impl, const LowRankShape& shape,
                    .source = static_cast<const int*>(row(choice.source, i)),
                    .squares = fresh ? static_cast<const float*>(row(choice.squares, i)) : nullptr,
                    .chosen = fresh ? static_cast<const int*>(row(choice.indices, i)) : nullptr});
-    for (const void* part : {all[i].gradient, static_cast<const void*>(all[i].m),
-                             static_cast<const void*>(all[i].v)}) {
-      pointers.push_back(part);
-    }
-  }
-  const auto* matrices = impl.table(tensors[0].parameter, FusedSteps::Impl::Use::kProject)
-                             .upload<ProjectMatrix>(pointers, u.device(), [&] {
-                               std::vector<ProjectMatrix> entries(all.size());
-                               for (size_t i = 0; i < all.size(); ++i) {
-                                 C10_CUDA_CHECK(fill(shape, form, all[i], &entries[i]));
-                               }
-                               return entries;
-                             });
-  C10_CUDA_CHECK(project({.shape = shape,
-                          .how = form,
-                          .matrices = matrices,
-                          .scale = floats(scale),
-                          .skip = floats(s.skip),
-                          .beta1 = s.beta1,
-                          .beta2 = s.beta2,
-                          .eps = s.eps},
-                         c10::cuda::getCurrentCUDAStream()));
-  return u;
+            }
+            return all;
+          });
+  C10_CUDA_CHECK(adam({.count = shape.count,
+                       .rank = shape.rank,
+                       .longer = shape.longer(),
+                       .moments_are_fp32 = tensors[0].exp_avg.scalar_type() == at::kFloat,
+                       .matrices = matrices,
+                       .scale = floats(scale),
+                       .skip = floats(s.skip),
+                       .beta1 = s.beta1,
+                       .beta2 = s.beta2,
+                       .eps = s.eps},
+                      c10::cuda::getCurrentCUDAStream()));
 }
 
 // [count, 3]
@@ -367,7 +386,7 @@ Tensor low_rank_batch(FusedSteps::Impl& impl, const std::vector<FusedTensor>& te
     residuals.bytes.push_back(t.residual);
     if (t.residual_scales.defined()) residuals.scales.push_back(t.residual_scales);
   }
-  // What is projected, times what.
+  // What is projected; it counts that times `scale`.
   FusedSteps::Impl::Sums x;
   const auto scale = feeds_back ? Tensor() : s.grad_scale;
   if (feeds_back) {
@@ -388,10 +407,9 @@ Tensor low_rank_batch(FusedSteps::Impl& impl, const std::vector<FusedTensor>& te
   if (!feeds_back) {
     for (const auto& gradient : gradients) x.all.push_back(gradient.to(at::kBFloat16));
   }
-  const auto a = feeds_back
-                     ? at::empty({shape.count, shape.longer(), shape.rank}, choice.q.options())
-                     : Tensor();
-  const auto u = project_adam(impl, shape, tensors, x.all, scale, how, s, choice, a);
+  const auto a = impl.project(shape, first, x.all, choice);
+  const auto u = feeds_back ? at::empty_like(a) : a;
+  adam_batch(impl, shape, tensors, a, u, scale, how, s, choice);
   if (feeds_back) {
     const bool narrow = !residuals.scales.empty();
     impl.backproject(shape, narrow ? x.all : residuals.bytes, a, choice.q, steps, residual_seeds,
@@ -413,8 +431,9 @@ Tensor FusedSteps::low_rank(const std::vector<FusedTensor>& given, const FusedLo
   const auto& first = tensors[0];
   const auto rows = first.parameter.size(0), columns = first.parameter.numel() / rows;
   const auto& e = first.residual;
-  const bool copies =
-      e.defined() ? e.scalar_type() != at::kBFloat16 : first.parameter.scalar_type() == at::kFloat;
+  const bool copies = e.defined() ? e.scalar_type() != at::kBFloat16 &&
+                                        !sums_in_gradients(first.gradient, e.scalar_type(), s)
+                                  : first.gradient.scalar_type() == at::kFloat;
   const auto longer = std::max(rows, columns), rank = first.indices.size(0);
   const auto low = rows + columns + (e.defined() ? longer : 0);
   std::vector<Tensor> indices, steps, measured;
@@ -425,7 +444,8 @@ Tensor FusedSteps::low_rank(const std::vector<FusedTensor>& given, const FusedLo
   const auto chosen = at::cat(indices).view({-1, rank});
   int64_t done = 0;
   const auto most = most_at_once(2 * (low * rank + (copies ? rows * columns : 0)));
-  each_batch(tensors, most, [&](const auto& batch) {
+  const auto at_once = even_count(static_cast<int64_t>(tensors.size()), most);
+  each_batch(tensors, at_once, [&](const auto& batch) {
     const auto count = static_cast<int64_t>(batch.size());
     measured.push_back(low_rank_batch(*impl_, batch, chosen.narrow(0, done, count), how, s));
     done += count;

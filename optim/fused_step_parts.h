@@ -61,14 +61,19 @@ inline Tensor read_by_boxes(const Tensor& gradient) {
 // So many matrices' scratch, `bytes` each, stays within its limit.
 inline int64_t most_at_once(int64_t bytes) { return std::max<int64_t>(1, kScratchBytes / bytes); }
 
-// f(at most so many of `all`)
+// f(so many of `all`), then f(so many more)
 template <class T, class F>
-void each_batch(const std::vector<T>& all, int64_t most, const F& f) {
+void each_batch(const std::vector<T>& all, int64_t count, const F& f) {
   for (auto from = all.begin(); from < all.end();) {
-    const auto end = from + std::min<int64_t>(most, all.end() - from);
+    const auto end = from + std::min<int64_t>(count, all.end() - from);
     f(std::vector<T>(from, end));
     from = end;
   }
+}
+// How many of `all` to take at once, about as many each time, up to `most`.
+inline int64_t even_count(int64_t all, int64_t most) {
+  const auto batches = (all + most - 1) / most;
+  return (all + batches - 1) / batches;
 }
 
 inline bool is_capturing() {
@@ -87,14 +92,19 @@ class Table {
       const auto bytes = static_cast<int64_t>(entries.size() * sizeof(Entry));
       const auto host = at::empty({bytes}, at::TensorOptions(at::kByte).pinned_memory(true));
       std::memcpy(host.data_ptr(), entries.data(), entries.size() * sizeof(Entry));
-      const auto there = at::empty({bytes}, at::TensorOptions(at::kByte).device(device));
+      const auto make_there = [&] {
+        return at::empty({bytes}, at::TensorOptions(at::kByte).device(device));
+      };
       if (is_capturing()) {
+        const auto there = make_there();
         C10_CUDA_CHECK(cudaMemcpyAsync(there.data_ptr(), host.const_data_ptr(), host.nbytes(),
                                        cudaMemcpyHostToDevice, c10::cuda::getCurrentCUDAStream()));
         captured_.insert(captured_.end(), {host, there});
         return static_cast<const Entry*>(there.const_data_ptr());
       }
-      device_ = there.copy_(host, /*non_blocking=*/true);
+      // In place where it fits, so that scratch has the same addresses at every step.
+      if (!device_.defined() || device_.numel() != bytes) device_ = make_there();
+      device_.copy_(host, /*non_blocking=*/true);
       pointers_ = std::move(pointers);
     }
     return static_cast<const Entry*>(device_.const_data_ptr());
@@ -135,7 +145,17 @@ inline bool projects(const Tensor& parameter, Basis basis, bool transposed, int6
 
 struct FusedSteps::Impl {
   // Tables by the first tensor's memory and by what they are for.
-  enum class Use { kCount, kAdam, kRank, kAdd, kProject, kBackproject, kMomentum, kMove };
+  enum class Use {
+    kCount,
+    kAdam,
+    kRank,
+    kAdd,
+    kProject,
+    kProjectedAdam,
+    kBackproject,
+    kMomentum,
+    kMove
+  };
   std::map<std::pair<const void*, Use>, Table> tables;
   std::map<std::tuple<Basis, int64_t, int>, Tensor> bases;  // of a device
 
@@ -163,6 +183,9 @@ struct FusedSteps::Impl {
                 const Tensor& skip);
   // indices -> q
   void gather(const LowRankShape& shape, Basis basis, Choice& choice);
+  // a = x q^T, [count, longer, rank] bf16, of bf16 matrices; `key` as above
+  Tensor project(const LowRankShape& shape, const Tensor& key, const std::vector<Tensor>& matrices,
+                 const Choice& choice);
   // p = (1 - lr weight_decay) p - factor lr u q; lr undefined = 1
   struct Update {
     float keep = 1, weight_decay = 0, factor = 1;

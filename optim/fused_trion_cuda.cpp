@@ -129,29 +129,6 @@ void full_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, cons
            how.factor);
 }
 
-// b = x q^T, [count, longer, rank] bf16, of bf16 matrices
-Tensor project_all(Impl& impl, const LowRankShape& shape, const Tensor& key,
-                   const std::vector<Tensor>& matrices, const Choice& choice, const Tensor& skip) {
-  auto b = at::empty({shape.count, shape.longer(), shape.rank}, choice.q.options());
-  std::vector<const void*> pointers = {b.const_data_ptr(), choice.q.const_data_ptr()};
-  for (const auto& matrix : matrices) pointers.push_back(matrix.const_data_ptr());
-  const ProjectHow form = {.adam = false};
-  const auto* table =
-      impl.table(key, Impl::Use::kProject).upload<ProjectMatrix>(pointers, b.device(), [&] {
-        std::vector<ProjectMatrix> entries(matrices.size());
-        for (size_t i = 0; i < matrices.size(); ++i) {
-          C10_CUDA_CHECK(fill(
-              shape, form,
-              {.gradient = matrices[i].const_data_ptr(), .q = row(choice.q, i), .out = row(b, i)},
-              &entries[i]));
-        }
-        return entries;
-      });
-  C10_CUDA_CHECK(project({.shape = shape, .how = form, .matrices = table, .skip = floats(skip)},
-                         c10::cuda::getCurrentCUDAStream()));
-  return b;
-}
-
 void low_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, const FusedTrion& how,
                    const FusedSettings& s) {
   const auto& first = matrices[0].parameter;
@@ -169,7 +146,7 @@ void low_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, const
   const auto sums = impl.add(shape, matrices, {}, how.basis, how.norm, true, kExpAvgSqSeed, s);
   auto choice = impl.choose(shape, sums.batch, first.device(), how.basis, how.norm, {}, false, {});
   impl.gather(shape, how.basis, choice);
-  auto b = project_all(impl, shape, first, sums.all, choice, s.skip);
+  auto b = impl.project(shape, first, sums.all, choice);
   impl.backproject(shape, momenta, b, choice.q, steps, momentum_seeds,
                    {.factor = static_cast<float>(1 - how.momentum),
                     .skip = s.skip,
@@ -206,7 +183,7 @@ void FusedSteps::trion(const std::vector<FusedMomentum>& given, const FusedTrion
   }
   const auto copy = first.momentum.scalar_type() == at::kFloat ? rows * columns : 0;
   const auto low = 2 * ((3 * longer + columns + 4 * how.rank) * how.rank + copy);
-  each_batch(matrices, most_at_once(low),
+  each_batch(matrices, even_count(static_cast<int64_t>(matrices.size()), most_at_once(low)),
              [&](const auto& batch) { low_rank_step(*impl_, batch, how, s); });
 }
 

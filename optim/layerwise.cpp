@@ -102,6 +102,7 @@ void LayerwiseStepper::step_along(const at::Tensor& parameter, Pending& pending,
   }
   auto control = control_;
   if (!control.skip.defined()) control.skip = broken.to(at::kFloat);
+  control.consume_gradients = true;
   pending = {};
   // No other parameter has a gradient, so no other steps.
   optimizer_.step(control);

@@ -3,51 +3,19 @@
 #include <ounce/optim/lowrank_tiles.h>
 
 namespace ounce::optim {
-namespace lowrank {
-namespace {
-
-cudaError_t map_rows(CUtensorMap* map, Element element, const void* data,
-                     const LowRankShape& shape) {
-  return make_map(map, element, data, shape.longer(), shape.rank, kRowsAtOnce,
-                  copies_of(shape.rank, element).wide);
-}
-
-}  // namespace
-}  // namespace lowrank
-
-cudaError_t fill(const LowRankShape& shape, const ProjectHow& how, const ProjectTensors& tensors,
-                 ProjectMatrix* matrix) {
+cudaError_t fill(const LowRankShape& shape, const ProjectTensors& tensors, ProjectMatrix* matrix) {
   using namespace lowrank;
   const auto& t = tensors;
-  const bool keeps_a = how.adam && how.keep_a;
-  const bool aligned = is_aligned(t.gradient) && is_aligned(t.q) && is_aligned(t.out) &&
-                       (!keeps_a || is_aligned(t.a)) &&
-                       (!how.adam || (is_aligned(t.m) && is_aligned(t.v) && t.step != nullptr));
-  if (!is_valid(shape) || !aligned) return cudaErrorInvalidValue;
-  const auto out = how.adam ? Element::kBf16 : how.out;
-  ProjectMatrix& to = *matrix;
-  const auto fp16 = Element::kBf16;
-  auto error = make_map(&to.gradient, fp16, t.gradient, shape.rows, shape.columns, kGroupRows);
-  const auto then = [&](auto make) {
-    if (error == cudaSuccess) error = make();
-  };
-  then([&] { return make_map(&to.q, fp16, t.q, shape.rank, shape.n(), padded(shape.rank) / 2); });
-  then([&] { return map_rows(&to.out, out, t.out, shape); });
-  // Every map is one, whether it is used or not.
-  to.a = to.m = to.v = to.out;
-  if (keeps_a) then([&] { return map_rows(&to.a, fp16, t.a, shape); });
-  if (how.adam) {
-    then([&] { return map_rows(&to.m, how.state, t.m, shape); });
-    then([&] { return map_rows(&to.v, how.state, t.v, shape); });
+  if (!is_valid(shape) || !is_aligned(t.gradient) || !is_aligned(t.q) || !is_aligned(t.out)) {
+    return cudaErrorInvalidValue;
   }
-  to.step = t.step;
-  to.seed = t.seed;
-  to.source = t.source;
-  to.squares = t.squares;
-  to.chosen = t.chosen;
-  to.out_data = t.out;
-  to.a_data = t.a;
-  return error;
+  const auto fp16 = Element::kBf16;
+  auto error = make_map(&matrix->gradient, fp16, t.gradient, shape.rows, shape.columns, kGroupRows);
+  if (error != cudaSuccess) return error;
+  error = make_map(&matrix->q, fp16, t.q, shape.rank, shape.n(), padded(shape.rank) / 2);
+  if (error != cudaSuccess) return error;
+  return make_map(&matrix->out, fp16, t.out, shape.longer(), shape.rank, kRowsAtOnce,
+                  copies_of(shape.rank).wide);
 }
 
 cudaError_t fill(const LowRankShape& shape, Element p, const BackprojectTensors& tensors,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The matrix products of low-rank optimizers on Hopper: a gradient into the subspace of r chosen
-// vectors, with Adam there, and the update back out of it, with the step of the parameters.
+// Low-rank optimizers on Hopper: the product that takes a gradient into the subspace of r chosen
+// vectors, Adam there, and the product that brings the update back out, with the step of the
+// parameters.
 //
 // A batch is `count` matrices [rows, columns] of one shape, each anywhere in memory, bf16,
 // row-major and contiguous; data at multiples of 16 bytes, columns and n multiples of 8, fewer than
@@ -10,9 +11,9 @@
 // What a kernel needs of each matrix, pointers and tensor maps, is an array in device memory, as
 // cudaMalloc aligns it. The caller fills it on the host and copies it:
 //   std::vector<ProjectMatrix> host(count);  // in pinned memory where the copy shall be async
-//   for (i) fill(shape, how, tensors[i], &host[i]);
+//   for (i) fill(shape, tensors[i], &host[i]);
 //   cudaMemcpyAsync(device, host.data(), ...);
-//   project({.shape = shape, .how = how, .matrices = device, ...}, stream);
+//   project({.shape = shape, .matrices = device, ...}, stream);
 //   backproject({...}, stream);
 //
 // Every launch takes its stream, allocates nothing, waits for nothing and can be captured in a
@@ -38,63 +39,62 @@ struct LowRankShape {
 
 enum class Element { kBf16, kFp32, kInt8 };
 
-// ---- a = scale x q^T, [longer, rank]; x a gradient or its transpose
-
-struct ProjectHow {
-  bool adam = true;                // otherwise `out` is a
-  Element state = Element::kBf16;  // of m and v
-  Element out = Element::kBf16;    // of a without adam; with it `out` is bf16
-  bool keep_a = false;             // with adam: write a as well
-};
+// ---- a = x q^T, [longer, rank]; x a gradient or its transpose
 
 // The pointers of one matrix, all to device memory.
 struct ProjectTensors {
   const void* gradient = nullptr;  // [rows, columns] bf16
   const void* q = nullptr;         // [rank, n] bf16: the chosen vectors, one a row
-  void* out = nullptr;             // [longer, rank]: a, or with adam the direction u
-  void* a = nullptr;               // [longer, rank] bf16, with keep_a
-  // With adam:
-  void* m = nullptr;  // [longer, rank], in place
+  void* out = nullptr;             // [longer, rank] bf16: a
+};
+
+struct ProjectMatrix {
+  CUtensorMap gradient, q, out;
+};
+
+// On the host. cudaErrorInvalidValue where the tensors or the shape are none of the above.
+cudaError_t fill(const LowRankShape& shape, const ProjectTensors& tensors, ProjectMatrix* matrix);
+
+struct Project {
+  LowRankShape shape;
+  const ProjectMatrix* matrices = nullptr;  // device, [count]
+};
+cudaError_t project(const Project& project, cudaStream_t stream);
+
+// ---- Adam on a, whose moments move with their columns first
+
+// Of one matrix, all in device memory.
+struct ProjectedAdamMatrix {
+  const void* a = nullptr;  // [longer, rank] bf16
+  void* u = nullptr;        // [longer, rank] bf16: the direction; may be a
+  void* m = nullptr;        // [longer, rank], in place
   void* v = nullptr;
   const float* step = nullptr;  // a scalar: steps before this one
   uint64_t seed = 0;            // of what rounds m and v, as in rounding_streams.h
   // [rank]: where column j was in the previous choice, -1 = it was not. Null: where it is now.
   const int32_t* source = nullptr;
-  // The sums of squares of the columns of x along its longer side, without `scale`: of the chosen
-  // ones, [rank], or with `chosen` of all, [n], and the numbers of the chosen ones. A new column's
-  // second moment begins with their mean, weighed as if it had been there with that from the first
-  // step on. Null: with 0.
+  // The sums of squares of a's columns: of the chosen ones, [rank], or with `chosen` of all, [n],
+  // and the numbers of the chosen ones. A new column's second moment begins with their mean,
+  // weighed as if it had been there with that from the first step on. Null: with 0.
   const float* squares = nullptr;
   const int32_t* chosen = nullptr;
 };
 
-struct ProjectMatrix {
-  CUtensorMap gradient, q, out, a, m, v;
-  const float* step;
-  uint64_t seed;
-  const int32_t* source;
-  const float* squares;
-  const int32_t* chosen;
-  void *out_data, *a_data;
-};
-
-// On the host. cudaErrorInvalidValue where the tensors or the shape are none of the above.
-cudaError_t fill(const LowRankShape& shape, const ProjectHow& how, const ProjectTensors& tensors,
-                 ProjectMatrix* matrix);
-
-// With adam, t = step + 1, and m, v first moved with their columns:
-//   m = beta1 m + (1 - beta1) a;  v = beta2 v + (1 - beta2) a^2
-//   out = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+// With t = step + 1:
+//   m = beta1 m + (1 - beta1) scale a;  v = beta2 v + (1 - beta2) (scale a)^2
+//   u = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 // with m and v as they are kept; of 16 bits these round stochastically.
-struct Project {
-  LowRankShape shape;
-  ProjectHow how;
-  const ProjectMatrix* matrices = nullptr;  // device, [count]
-  const float* scale = nullptr;             // device, a scalar; null = 1
-  const float* skip = nullptr;  // device, a scalar: nonzero leaves m and v and makes out, a zero
+struct ProjectedAdam {
+  int count = 0, rank = 0;
+  int64_t longer = 0;
+  bool moments_are_fp32 = false;                  // else bf16
+  const ProjectedAdamMatrix* matrices = nullptr;  // device, [count]
+  const float* scale = nullptr;                   // device, a scalar; null = 1
+  const float* skip = nullptr;                    // device, a scalar: nonzero changes nothing
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
 };
-cudaError_t project(const Project& project, cudaStream_t stream);
+// All at multiples of 16 bytes, the rank a multiple of 16 up to 256, fewer than 2^32 elements.
+cudaError_t adam(const ProjectedAdam& adam, cudaStream_t stream);
 
 // ---- p = keep p - lr factor (u q), with keep = decay - lr weight_decay; p [rows, columns]
 

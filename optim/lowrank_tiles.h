@@ -100,18 +100,17 @@ inline cudaError_t make_map(CUtensorMap* map, Element element, const void* data,
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Rows of boxes: what a warp has of m, v and a at once; of p; of u and the gradient as factors.
+// Rows of boxes: what a warp has of a at once; of p; of u and the gradient as factors.
 constexpr int kRowsAtOnce = 8, kWarpRows = 16, kFactorRows = 32;
 
-// How a warp's rows [8, rank] are copied: in boxes of this many columns, all at once where they
-// come out even.
+// How a warp's rows [8, rank] of a are copied: in boxes of 64 columns, all at once where they come
+// out even.
 struct Copies {
   int count, wide;
 };
-inline Copies copies_of(int rank, Element element) {
-  const int columns = element == Element::kFp32 ? 32 : 64;
-  if (rank % columns == 0) return {1, rank / columns};
-  return {(rank + columns - 1) / columns, 1};
+inline Copies copies_of(int rank) {
+  if (rank % 64 == 0) return {1, rank / 64};
+  return {(rank + 63) / 64, 1};
 }
 
 // A map in global memory may have been written since the block's copy engine read it.

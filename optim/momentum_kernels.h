@@ -36,7 +36,7 @@ struct FeedbackTensor {
   const int8_t* residual = nullptr;  // [count / columns, columns]
   const float* scales = nullptr;     // of each kInt8Block neighbours of a row
   const void* gradient = nullptr;    // [count]
-  void* sum = nullptr;               // [count] bf16
+  void* sum = nullptr;               // [count] bf16; may be the gradient
   int64_t count = 0;
   int first_block = 0;  // blocks of the tensors before it
 };

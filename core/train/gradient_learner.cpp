@@ -53,6 +53,7 @@ class GradientLearner : public Learner {
     auto update = control;
     update.grad_scale = clip.scale;
     update.skip = at::logical_or(clip.found_inf, at::isfinite(total).logical_not()).to(at::kFloat);
+    update.consume_gradients = true;
     optimizer_->step(update);
     return {total / static_cast<double>(std::max<int64_t>(counted, 1)), clip.norm, update.skip,
             optimizer_->statistics()};
