@@ -220,7 +220,7 @@ void DctAdamW::update(const StepControl& control) {
     for (const auto& parameter : param_groups()[g].params()) {
       const auto index = index_of(parameter);
       auto& slot = slots_[index];
-      const auto& name = name_of(parameter);
+      const auto& name = parameters()[index].first;
       if (!has_gradient("dct_adamw", name, parameter, slot.exp_avg)) continue;
       auto tensor = fused_tensor(parameter, slot, o, index);
       tensor.indices = slot.indices;
@@ -246,14 +246,18 @@ void DctAdamW::update(const StepControl& control) {
       Step{{control, group, parameter, step_type("dct_adamw", name, parameter)}, o}(parameter, slot,
                                                                                     index);
     }
-    for (const auto& [alike, batch] : fused) {
-      const auto& [tensors, slots] = batch;
-      const auto settings = fused_settings(control, group, o, tensors[0].parameter.device());
+    FusedSettings settings;
+    for (auto& [alike, batch] : fused) {
+      auto& [tensors, slots] = batch;
+      const auto device = tensors[0].parameter.device();
+      if (!settings.lr.defined() || settings.lr.device() != device) {
+        settings = fused_settings(control, group, o, device);
+      }
       if (!alike.projected) {
         fused_.adamw(tensors, settings);
         continue;
       }
-      const auto measured = fused_.low_rank(tensors,
+      const auto measured = fused_.low_rank(std::move(tensors),
                                             {.basis = o.basis,
                                              .norm = o.norm,
                                              .transposed = alike.transposed,
@@ -262,7 +266,7 @@ void DctAdamW::update(const StepControl& control) {
                                              .estimate_fresh_columns = o.estimate_fresh_columns,
                                              .measures = o.statistics},
                                             settings);
-      for (size_t i = 0; measured.defined() && i < tensors.size(); ++i) {
+      for (size_t i = 0; measured.defined() && i < slots.size(); ++i) {
         keep_measured(*slots[i], measured[static_cast<int64_t>(i)], settings.skip);
       }
     }

@@ -7,6 +7,7 @@
 
 #include <ounce/optim/dct_butterflies.h>
 #include <ounce/optim/dct_rank_parts.h>
+#include <ounce/optim/dct_rank_read.h>
 #include <ounce/optim/dct_rank_shape.h>
 
 namespace ounce::optim {
@@ -183,47 +184,71 @@ __global__ void __launch_bounds__(kThreads)
     }
     float* slot = job.slots + (int64_t{blockIdx.x} + matrix) * a.sums * a.n;
     for (int i = threadIdx.x; i < a.sums * a.n; i += kThreads) {
-      const int k = i % a.n;
-      const float t = places.tangents[min(k, a.n - k)];
-      const float by = (k == 0 ? 0.25f : 0.5f) / a.n / fmaf(t, t, 1.f);
-      slot[i] = places.sums[i] * (i < a.n ? by : sqrtf(by));
+      slot[i] = places.sums[i];
     }
   }
 }
 
-constexpr int kSumThreads = 512, kMostLanes = 16;
+// Few registers, and for few sums few threads and blocks, so that they find room beside rank_of and
+// wait there for its end. Registers would not hold all that should be on its way: slots come by way
+// of shared memory, kAhead at a time.
+constexpr int kSumRegisters = 32, kSumThreads = 128, kMostSumThreads = 512;
+constexpr int kSumBlocks = 128, kMostLanes = 32, kAhead = 5;
 
-// A block blockDim.x sums of a matrix, threadIdx.y a share of the slots.
-__global__ void __launch_bounds__(kSumThreads) sum_slots_of(const __grid_constant__ SlotSums s) {
-  __shared__ float parts[kSumThreads];
+// blockDim.x times `width` neighbours of a matrix a block, threadIdx.y a share of the slots.
+template <int width>
+__global__ void __launch_bounds__(kMostSumThreads, 65536 / kSumRegisters / kMostSumThreads)
+    sum_slots_of(const __grid_constant__ SlotSums s) {
+  using Few = Neighbours<float, width>;
+  extern __shared__ __align__(16) float parts[];
   const RankJob& job = s.job;
-  const int matrix = blockIdx.y;
-  int64_t first = int64_t{matrix} * s.slots_of_matrix, last = first + s.slots_of_matrix;
+  const int matrix = blockIdx.y, lanes = blockDim.y;
+  int first = matrix * s.slots_of_matrix, last = first + s.slots_of_matrix;
   if (s.slots_of_matrix == 0) {
     const int unit = matrix * job.units;
     first = job.block_of(unit) + matrix;
     last = job.block_of(unit + job.units - 1) + matrix + 1;
   }
-  const int64_t n = job.batch.length(), sums = s.absolutes == nullptr ? n : 2 * n;
-  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  float sum = 0;
+  const int n = static_cast<int>(job.batch.length()), sums = s.absolutes == nullptr ? n : 2 * n;
+  const int threads = blockDim.x * lanes, thread = threadIdx.y * blockDim.x + threadIdx.x;
+  auto* staged = reinterpret_cast<Few*>(parts) + thread;  // [kAhead, threads]
+  const int block = blockIdx.x * blockDim.x * width;
+  const int own = block + thread, at = block + threadIdx.x * width, step = lanes * sums;
+  const float scale = s.slots_of_matrix == 0 ? scale_of(own, n) : 1;
+  const float* from = job.slots + int64_t{first + threadIdx.y} * sums + at;
+  int left = at < sums ? last - first - static_cast<int>(threadIdx.y) : 0;
   let_next_come();
   wait_for_previous();
-  if (i < sums) {
-#pragma unroll 4
-    for (int64_t slot = first + threadIdx.y; slot < last; slot += blockDim.y) {
-      sum += job.slots[slot * sums + i];
+  Few sum = {};
+#pragma unroll 1
+  for (; left > 0; left -= kAhead * lanes) {
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j, from += step) {
+      const bool inside = j * lanes < left;
+      copy<4 * width>(staged + j * threads, inside ? from : job.slots, inside);
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+#pragma unroll
+      for (int i = 0; i < width; ++i) sum.of[i] += staged[j * threads].of[i];
     }
   }
-  parts[threadIdx.y * blockDim.x + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || i >= sums) return;
-  for (int lane = 1; lane < blockDim.y; ++lane) sum += parts[lane * blockDim.x + threadIdx.x];
-  if (i < n) {
-    s.squares[matrix * n + i] = sum;
-  } else {
-    s.absolutes[matrix * n + i - n] = sum;
+#pragma unroll 1
+  for (unsigned other = 16; other >= blockDim.x; other /= 2) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) sum.of[i] += __shfl_xor_sync(~0u, sum.of[i], other);
   }
+  *staged = sum;
+  __syncthreads();
+  if (thread >= blockDim.x * width || own >= sums) return;
+  const int of_row = max(static_cast<int>(blockDim.x), 32) * width;
+  float all = 0;
+#pragma unroll 1
+  for (int i = thread; i < threads * width; i += of_row) all += parts[i];
+  float* to =
+      own < n ? s.squares + int64_t{matrix} * n + own : s.absolutes + int64_t{matrix} * n + own - n;
+  *to = all * scale;
 }
 
 constexpr int kChunk = 512, kLanes = 8;  // rows of a slot; rows at a time
@@ -309,9 +334,12 @@ cudaError_t sum_slots(const SlotSums& sums, cudaStream_t stream) {
       sums.slots_of_matrix == 0 ? job.blocks / job.batch.count + 2 : sums.slots_of_matrix;
   int lanes = 1;
   while (lanes < kMostLanes && 4 * lanes < slots) lanes *= 2;
-  const dim3 block(kSumThreads / lanes, lanes);
-  const dim3 grid(blocks_of(all, block.x), static_cast<unsigned>(job.batch.count));
-  return launch_early(sum_slots_of, grid, block, 0, stream, sums);
+  const int64_t width = lanes >= 4 && job.batch.length() % 4 == 0 ? 4 : 1;
+  const bool few = all * job.batch.count * lanes <= kSumBlocks * kSumThreads * width;
+  const dim3 block((few ? kSumThreads : kMostSumThreads) / lanes, lanes);
+  const dim3 grid(blocks_of(all, block.x * width), static_cast<unsigned>(job.batch.count));
+  return launch_early(width == 4 ? sum_slots_of<4> : sum_slots_of<1>, grid, block,
+                      kAhead * block.x * block.y * width * 4, stream, sums);
 }
 
 int64_t any_length_blocks(const RankBatch& batch, bool absolutes, int processors) {

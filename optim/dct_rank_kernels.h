@@ -32,6 +32,7 @@ struct RankBatch {
   int count = 0;
   int64_t rows = 0, columns = 0;
   bool right = true;
+  // Read before the kernel in front has ended, which must not write it; the matrices it may.
   const void* const* gradient = nullptr;
   bool gradient_is_fp32 = false;  // else bf16
   // Every matrix begins at a multiple of 16 bytes. Where it is false, or a row is not a multiple of

@@ -44,8 +44,8 @@ inline RankJob make_job(const RankBatch& batch, int64_t units, int64_t most, voi
           static_cast<float*>(slots)};
 }
 
-// squares, absolutes = the sums of each matrix's slots, in order. `slots` null: as RankJob says,
-// else so many a matrix.
+// squares, absolutes = the sums of each matrix's slots, in a fixed order. slots_of_matrix 0: of
+// add_pair(), as RankJob says; else so many a matrix.
 struct SlotSums {
   RankJob job;
   int slots_of_matrix = 0;
@@ -116,7 +116,7 @@ __device__ inline void read_vectors(const RankBatch& batch, int matrix, int64_t 
 __device__ inline int makhoul(int t, int n) { return t % 2 == 0 ? t / 2 : n - 1 - t / 2; }
 
 // p, q: the points at k and n - k of a + i b. With t the tangent of pi k / 2n, cos a_k =
-// (Re A + t Im A) / 2 and so on; the cosine is left to the end.
+// (Re A + t Im A) / 2 and so on; the cosine is left to scale_of().
 template <bool absolutes>
 __device__ inline void add_pair(float2 p, float2 q, float t, float (&squares)[2],
                                 float (&sums)[2]) {
@@ -129,6 +129,15 @@ __device__ inline void add_pair(float2 p, float2 q, float t, float (&squares)[2]
     sums[0] += fabsf(a_low) + fabsf(b_low);
     sums[1] += fabsf(a_high) + fabsf(b_high);
   }
+}
+
+// The factor that add_pair() leaves out of sum i of [squares or absolutes, n]: the square of
+// c_k / sqrt(2 n) times the cosine of pi min(k, n - k) / 2n, or its root.
+__device__ inline float scale_of(int64_t i, int64_t n) {
+  const int64_t k = i < n ? i : i - n;
+  const float cosine = cospif(static_cast<float>(min(k, n - k)) / static_cast<float>(n));
+  const float scale = (k == 0 ? 0.125f : 0.25f) / static_cast<float>(n) * (1 + cosine);
+  return i < n ? scale : sqrtf(scale);
 }
 
 }  // namespace ounce::optim

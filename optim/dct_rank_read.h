@@ -14,20 +14,30 @@
 
 namespace ounce::optim {
 
-// `to` = count neighbours, or zeros.
-template <int count>
-__device__ void copy(__nv_bfloat16* to, const __nv_bfloat16* from, bool inside) {
-  constexpr int kBytes = 2 * count;
+// Starts the copy of neighbours, or zeros.
+template <int bytes>
+__device__ void copy(void* to, const void* from, bool inside) {
   const auto at = ptx::shared_address(to);
-  if constexpr (count == 8) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(kBytes),
-                 "r"(inside ? kBytes : 0)
+  if constexpr (bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(bytes),
+                 "r"(inside ? bytes : 0)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(kBytes),
-                 "r"(inside ? kBytes : 0)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(bytes),
+                 "r"(inside ? bytes : 0)
                  : "memory");
   }
+}
+
+// Asks the L2 cache for a unit's rows. All writes meet there, so kernels in front may still run.
+template <class S>
+__device__ void prefetch_rows(const Places<S>& places, const RankJob& job, int matrix, int unit) {
+  if (places.thread != 0) return;
+  const int64_t first = int64_t{unit} * S::kUnit;
+  const auto rows = static_cast<int>(min(int64_t{S::kUnit}, job.batch.rows - first));
+  const auto* from = static_cast<const char*>(job.batch.gradient[matrix]) + first * 2 * S::N;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(rows * 2 * S::N)
+               : "memory");
 }
 
 // Starts the copy of a unit's bf16 elements, and of the addend's. Rows are one piece of memory,
@@ -91,7 +101,7 @@ struct ColumnCopy {
                (row % 2 * (S::N / 2) + row / 2) * (2 * S::P) + piece;
 #pragma unroll
     for (int i = part * kSteps / kParts; i < (part + 1) * kSteps / kParts; ++i, from += step) {
-      copy<kEach>(to + i * kDown * S::P, from, inside);
+      copy<2 * kEach>(to + i * kDown * S::P, from, inside);
     }
     if constexpr (part == kParts - 1) {
       asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(places.landed)

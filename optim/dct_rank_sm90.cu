@@ -116,24 +116,27 @@ __global__ void __launch_bounds__(S::kThreads, 1) rank_of(const __grid_constant_
     ptx::fence_init();
   }
   __syncthreads();
+  const int begin = job.first_unit(blockIdx.x);
+  int left = job.first_unit(blockIdx.x + 1) - begin;  // units
+  int matrix = begin / job.units, first = begin % job.units;
+  if constexpr (input == Input::kStaged && S::kRight) {
+    if (places.group < min(left, job.units - first)) {
+      prefetch_rows(places, job, matrix, first + places.group);
+    }
+  }
+  make_tables<S>(shared);
+  __syncthreads();
   let_next_come();
   wait_for_previous();
   Walk<S, input, absolutes> walk = {places, job, min(job.each + 1, job.units)};
-  int first = job.first_unit(blockIdx.x);
-  const int end = job.first_unit(blockIdx.x + 1);
-  for (bool started = false; first < end; started = true) {
-    const int matrix = first / job.units, base = matrix * job.units;
-    const int last = min(end - base, job.units), unit = first - base + places.group;
+  for (; left > 0; ++matrix, first = 0) {
+    const int unit = first + places.group, last = min(first + left, job.units);
     Sums<S, absolutes> sums = {};
     walk.start(matrix, unit, last);
-    if (!started) {
-      make_tables<S>(shared);
-      __syncthreads();
-    }
     walk.run(matrix, unit, last, sums);
     constexpr int kSums = absolutes ? 2 : 1;
     flush(places, shared, sums, job.slots + (int64_t{blockIdx.x} + matrix) * kSums * S::N);
-    first = base + last;
+    left -= last - first;
   }
 }
 

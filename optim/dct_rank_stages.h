@@ -233,18 +233,15 @@ __device__ void third_stage(const Places<S>& places, Sums<S, absolutes>& sums) {
   }
 }
 
-// The block's sums of one matrix, over its groups and pairs in order, into their slot.
+// The block's sums of one matrix, over its groups and pairs in order, into their slot. scale_of()
+// is left to sum_slots().
 template <class S, bool absolutes>
 __device__ void flush(const Places<S>& places, unsigned char* shared,
                       const Sums<S, absolutes>& sums, float* slot) {
   constexpr int kItems = S::P * S::M3 / 2;
   auto* parts = reinterpret_cast<float*>(places.exchange);  // [P, n] of a group
-  const auto of_group = [&](int g) {
-    return reinterpret_cast<const float*>(shared + g * S::kOfGroup);
-  };
 #pragma unroll
   for (int kind = 0; kind < (absolutes ? 2 : 1); ++kind) {
-    __syncthreads();
 #pragma unroll
     for (int item = 0; item < S::I3; ++item) {
       const int i = item * S::T + places.thread;
@@ -254,26 +251,25 @@ __device__ void flush(const Places<S>& places, unsigned char* shared,
 #pragma unroll
       for (int s = 0; s < S::R3; ++s) {
         const int low = low_frequency<S>(h, s), high = low == 0 ? S::N / 2 : S::N - low;
-        const float t = places.tangents[(s / 4 * (S::M3 / 2) + h) * 4 + s % 4];
-        float by = __fdividef(0.5f / S::N, fmaf(t, t, 1.f)), by_low = low == 0 ? by / 2 : by;
-        float by_high = low == 0 ? by / 2 : by;
         const auto& from =
             kind == 0 ? sums.squares[item][s] : sums.sums[absolutes ? item : 0][absolutes ? s : 0];
-        if (kind == 1) by_low = sqrtf(by_low), by_high = sqrtf(by_high);
-        parts[pair * S::N + low] = from[0] * by_low;
-        parts[pair * S::N + high] = from[1] * by_high;
+        parts[pair * S::N + low] = from[0];
+        parts[pair * S::N + high] = from[1];
       }
     }
     __syncthreads();
-    for (int k = threadIdx.x; k < S::N; k += S::kThreads) {
-      float sum = 0;
-      for (int g = 0; g < S::G; ++g) {
-        for (int p = 0; p < S::P; ++p) sum += of_group(g)[p * S::N + k];
+    for (int k = 4 * threadIdx.x; k < S::N; k += 4 * S::kThreads) {
+      float4 sum = {};
+#pragma unroll
+      for (int part = 0; part < S::G * S::P; ++part) {
+        const auto* of_group = reinterpret_cast<const float*>(shared + part / S::P * S::kOfGroup);
+        const auto x = *reinterpret_cast<const float4*>(of_group + part % S::P * S::N + k);
+        sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
       }
-      slot[kind * S::N + k] = sum;
+      *reinterpret_cast<float4*>(slot + kind * S::N + k) = sum;
     }
+    __syncthreads();
   }
-  __syncthreads();
 }
 
 }  // namespace ounce::optim

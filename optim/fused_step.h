@@ -61,6 +61,7 @@ struct FusedTrion {
   int64_t ns_steps = 5;
   Iteration iteration = Iteration::kQuintic;
   double factor = 1;  // of the step
+  bool measures = false;
 };
 
 class FusedSteps {
@@ -82,12 +83,13 @@ class FusedSteps {
   // basis of each size stays. Where it chooses and measures: fp32 [matrices, 3], the
   // square sums of what the columns hold of the gradient and of the gradient, and how many columns
   // are new. Else undefined.
-  at::Tensor low_rank(const std::vector<FusedTensor>& tensors, const FusedLowRank& how,
+  at::Tensor low_rank(std::vector<FusedTensor> tensors, const FusedLowRank& how,
                       const FusedSettings& settings);
 
-  // Matrices of the same shape and dtypes; orthonormalised in bf16.
-  void trion(const std::vector<FusedMomentum>& matrices, const FusedTrion& how,
-             const FusedSettings& settings);
+  // Matrices of the same shape and dtypes; orthonormalised in fp16. Where a rank is measured: fp32
+  // [2], the square sums of what the columns hold of the momenta and of these, else undefined.
+  at::Tensor trion(std::vector<FusedMomentum> matrices, const FusedTrion& how,
+                   const FusedSettings& settings);
   // step += 1 of each, all on one device.
   void count(const std::vector<at::Tensor>& steps, const FusedSettings& settings);
 

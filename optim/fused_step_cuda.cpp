@@ -125,7 +125,7 @@ RankBatch FusedSteps::Impl::batch_of(const LowRankShape& shape, const Tensor& ke
 }
 
 FusedSteps::Impl::Sums FusedSteps::Impl::add(const LowRankShape& shape,
-                                             const std::vector<FusedMomentum>& matrices,
+                                             std::span<const FusedMomentum> matrices,
                                              const std::vector<Tensor>& scales, Basis basis,
                                              int64_t norm, bool ranked, uint64_t seed,
                                              const FusedSettings& s) {
@@ -288,22 +288,30 @@ void FusedSteps::Impl::backproject(const LowRankShape& shape, const std::vector<
 }
 
 Tensor FusedSteps::Impl::project(const LowRankShape& shape, const Tensor& key,
-                                 const std::vector<Tensor>& matrices, const Choice& choice) {
+                                 const std::vector<Tensor>& matrices, const Choice& choice,
+                                 const Tensor& skip, const Narrow& rest) {
   const auto a = at::empty({shape.count, shape.longer(), shape.rank}, choice.q.options());
+  const bool keeps_rest = !rest.bytes.empty();
   std::vector<const void*> pointers = {a.const_data_ptr(), choice.q.const_data_ptr()};
-  for (const auto& matrix : matrices) pointers.push_back(matrix.const_data_ptr());
+  for (const auto* tensors : {&matrices, &rest.bytes, &rest.scales}) {
+    for (const auto& tensor : *tensors) pointers.push_back(tensor.const_data_ptr());
+  }
   const auto* all = table(key, Use::kProject).upload<ProjectMatrix>(pointers, a.device(), [&] {
     std::vector<ProjectMatrix> entries(matrices.size());
     for (size_t i = 0; i < matrices.size(); ++i) {
-      C10_CUDA_CHECK(
-          fill(shape,
-               {.gradient = matrices[i].const_data_ptr(), .q = row(choice.q, i), .out = row(a, i)},
-               &entries[i]));
+      C10_CUDA_CHECK(fill(shape,
+                          {.gradient = matrices[i].const_data_ptr(),
+                           .q = row(choice.q, i),
+                           .out = row(a, i),
+                           .rest = keeps_rest ? rest.bytes[i].data_ptr() : nullptr,
+                           .scales = keeps_rest ? rest.scales[i].data_ptr<float>() : nullptr},
+                          &entries[i]));
     }
     return entries;
   });
   C10_CUDA_CHECK(
-      optim::project({.shape = shape, .matrices = all}, c10::cuda::getCurrentCUDAStream()));
+      optim::project({.shape = shape, .matrices = all, .rest = keeps_rest, .skip = floats(skip)},
+                     c10::cuda::getCurrentCUDAStream()));
   return a;
 }
 
@@ -311,7 +319,7 @@ namespace {
 
 // Adam on the projections `a` of gradients times `scale`: m, v in place -> u, which may be a.
 void adam_batch(FusedSteps::Impl& impl, const LowRankShape& shape,
-                const std::vector<FusedTensor>& tensors, const Tensor& a, const Tensor& u,
+                std::span<const FusedTensor> tensors, const Tensor& a, const Tensor& u,
                 const Tensor& scale, const FusedLowRank& how, const FusedSettings& s,
                 const Choice& choice) {
   const bool fresh = choice.source.defined() && how.estimate_fresh_columns;
@@ -366,7 +374,7 @@ Tensor measure(const Choice& choice, const Tensor& scale) {
 }
 
 // indices: of the matrices, [count, rank], in place.
-Tensor low_rank_batch(FusedSteps::Impl& impl, const std::vector<FusedTensor>& tensors,
+Tensor low_rank_batch(FusedSteps::Impl& impl, std::span<const FusedTensor> tensors,
                       const Tensor& indices, const FusedLowRank& how, const FusedSettings& s) {
   const auto& first = tensors[0].parameter;
   const auto shape = shape_of(first, how.transposed, tensors[0].indices.size(0), tensors.size());
@@ -407,11 +415,12 @@ Tensor low_rank_batch(FusedSteps::Impl& impl, const std::vector<FusedTensor>& te
   if (!feeds_back) {
     for (const auto& gradient : gradients) x.all.push_back(gradient.to(at::kBFloat16));
   }
-  const auto a = impl.project(shape, first, x.all, choice);
-  const auto u = feeds_back ? at::empty_like(a) : a;
+  const bool narrow = !residuals.scales.empty(), kept = narrow && can_keep_rest(shape);
+  const auto a = impl.project(shape, first, x.all, choice, s.skip,
+                              kept ? residuals : FusedSteps::Impl::Narrow());
+  const auto u = feeds_back && !kept ? at::empty_like(a) : a;
   adam_batch(impl, shape, tensors, a, u, scale, how, s, choice);
-  if (feeds_back) {
-    const bool narrow = !residuals.scales.empty();
+  if (feeds_back && !kept) {
     impl.backproject(shape, narrow ? x.all : residuals.bytes, a, choice.q, steps, residual_seeds,
                      {.keep = 1, .skip = s.skip, .rounding = Rounding::kStochastic},
                      narrow ? residuals : FusedSteps::Impl::Narrow());
@@ -422,11 +431,10 @@ Tensor low_rank_batch(FusedSteps::Impl& impl, const std::vector<FusedTensor>& te
 
 }  // namespace
 
-Tensor FusedSteps::low_rank(const std::vector<FusedTensor>& given, const FusedLowRank& how,
+Tensor FusedSteps::low_rank(std::vector<FusedTensor> tensors, const FusedLowRank& how,
                             const FusedSettings& s) {
-  if (given.empty()) return {};
-  const c10::cuda::CUDAGuard guard(given[0].parameter.device());
-  auto tensors = given;
+  if (tensors.empty()) return {};
+  const c10::cuda::CUDAGuard guard(tensors[0].parameter.device());
   for (auto& t : tensors) t.gradient = read_by_boxes(t.gradient);
   const auto& first = tensors[0];
   const auto rows = first.parameter.size(0), columns = first.parameter.numel() / rows;

@@ -16,11 +16,11 @@ bool FusedSteps::takes(const FusedMomentum&, const FusedTrion&) { return false; 
 void FusedSteps::adamw(const std::vector<FusedTensor>&, const FusedSettings&) {
   fail(Fault::kProblem, "[optim] the fused step is not built");
 }
-at::Tensor FusedSteps::low_rank(const std::vector<FusedTensor>&, const FusedLowRank&,
+at::Tensor FusedSteps::low_rank(std::vector<FusedTensor>, const FusedLowRank&,
                                 const FusedSettings&) {
   fail(Fault::kProblem, "[optim] the fused step is not built");
 }
-void FusedSteps::trion(const std::vector<FusedMomentum>&, const FusedTrion&, const FusedSettings&) {
+at::Tensor FusedSteps::trion(std::vector<FusedMomentum>, const FusedTrion&, const FusedSettings&) {
   fail(Fault::kProblem, "[optim] the fused step is not built");
 }
 void FusedSteps::count(const std::vector<at::Tensor>&, const FusedSettings&) {

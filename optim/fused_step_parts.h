@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <span>
 #include <tuple>
 #include <utility>
 
@@ -66,7 +67,7 @@ template <class T, class F>
 void each_batch(const std::vector<T>& all, int64_t count, const F& f) {
   for (auto from = all.begin(); from < all.end();) {
     const auto end = from + std::min<int64_t>(count, all.end() - from);
-    f(std::vector<T>(from, end));
+    f(std::span<const T>(from, end));
     from = end;
   }
 }
@@ -166,14 +167,14 @@ struct FusedSteps::Impl {
                      const std::vector<Tensor>& matrices);
   // Gradients are as read_by_boxes() gives them, here and in add().
   // momentum = keep (momentum + gradient), and the directions [count, ...] where they are defined.
-  void add_gradients(const std::vector<FusedMomentum>& matrices, const FusedSettings& s,
-                     double keep, bool nesterov, uint64_t seed, const Tensor& directions);
+  void add_gradients(std::span<const FusedMomentum> matrices, const FusedSettings& s, double keep,
+                     bool nesterov, uint64_t seed, const Tensor& directions);
   // Gradients are added to momenta, of int8 (with `scales`) elsewhere.
   struct Sums {
     std::vector<Tensor> all;  // bf16; written by rank() where batch.addends is not null
     RankBatch batch;          // of them, where they are ranked
   };
-  Sums add(const LowRankShape& shape, const std::vector<FusedMomentum>& matrices,
+  Sums add(const LowRankShape& shape, std::span<const FusedMomentum> matrices,
            const std::vector<Tensor>& scales, Basis basis, int64_t norm, bool ranked, uint64_t seed,
            const FusedSettings& s);
   // The largest columns. previous: [count, rank], or undefined; with it and `rotates` the source
@@ -183,9 +184,6 @@ struct FusedSteps::Impl {
                 const Tensor& skip);
   // indices -> q
   void gather(const LowRankShape& shape, Basis basis, Choice& choice);
-  // a = x q^T, [count, longer, rank] bf16, of bf16 matrices; `key` as above
-  Tensor project(const LowRankShape& shape, const Tensor& key, const std::vector<Tensor>& matrices,
-                 const Choice& choice);
   // p = (1 - lr weight_decay) p - factor lr u q; lr undefined = 1
   struct Update {
     float keep = 1, weight_decay = 0, factor = 1;
@@ -200,10 +198,14 @@ struct FusedSteps::Impl {
             .skip = s.skip,
             .rounding = s.stochastic_rounding ? Rounding::kStochastic : Rounding::kNearest};
   }
-  // Where p goes to instead, in 8 bits.
+  // Where what is left of p goes to, in 8 bits.
   struct Narrow {
     std::vector<Tensor> bytes, scales;
   };
+  // a = x q^T, [count, longer, rank] bf16, of bf16 matrices, and what it leaves of them where
+  // `rest` is asked for; `key` as above. Where *skip is not 0 it is anything.
+  Tensor project(const LowRankShape& shape, const Tensor& key, const std::vector<Tensor>& matrices,
+                 const Choice& choice, const Tensor& skip = {}, const Narrow& rest = {});
   // seeds, steps: of each.
   void backproject(const LowRankShape& shape, const std::vector<Tensor>& parameters,
                    const Tensor& u, const Tensor& q, const std::vector<Tensor>& steps,

@@ -12,7 +12,7 @@ using Impl = FusedSteps::Impl;
 
 }  // namespace
 
-void Impl::add_gradients(const std::vector<FusedMomentum>& matrices, const FusedSettings& s,
+void Impl::add_gradients(std::span<const FusedMomentum> matrices, const FusedSettings& s,
                          double keep, bool nesterov, uint64_t seed, const Tensor& directions) {
   std::vector<const void*> pointers = {directions.defined() ? directions.const_data_ptr()
                                                             : nullptr};
@@ -58,7 +58,7 @@ void Impl::add_gradients(const std::vector<FusedMomentum>& matrices, const Fused
 namespace {
 
 // Along directions [count, rows, columns] bf16.
-void move_all(Impl& impl, const std::vector<FusedMomentum>& matrices, const Tensor& directions,
+void move_all(Impl& impl, std::span<const FusedMomentum> matrices, const Tensor& directions,
               const FusedSettings& s, double factor) {
   std::vector<const void*> pointers = {directions.const_data_ptr()};
   for (const auto& m : matrices) pointers.push_back(m.parameter.const_data_ptr());
@@ -118,7 +118,7 @@ int64_t best_count(int64_t rows, int64_t columns, int64_t all, int64_t most) {
   return best;
 }
 
-void full_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, const FusedTrion& how,
+void full_rank_step(Impl& impl, std::span<const FusedMomentum> matrices, const FusedTrion& how,
                     const FusedSettings& s) {
   const auto& first = matrices[0].parameter;
   const auto rows = first.size(0), columns = first.numel() / rows;
@@ -129,8 +129,9 @@ void full_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, cons
            how.factor);
 }
 
-void low_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, const FusedTrion& how,
-                   const FusedSettings& s) {
+// With how.measures what the columns hold and all, as of FusedSteps::trion().
+Tensor low_rank_step(Impl& impl, std::span<const FusedMomentum> matrices, const FusedTrion& how,
+                     const FusedSettings& s) {
   const auto& first = matrices[0].parameter;
   const auto shape = shape_of(first, how.transposed, how.rank, matrices.size());
   std::vector<Tensor> parameters, momenta, steps;
@@ -153,6 +154,9 @@ void low_rank_step(Impl& impl, const std::vector<FusedMomentum>& matrices, const
                     .rounding = Rounding::kStochastic});
   const auto u = newton_schulz(std::move(b), how.ns_steps, how.iteration);
   impl.backproject(shape, parameters, u, choice.q, steps, seeds, Impl::step_of(s, how.factor));
+  if (!how.measures) return {};
+  const auto held = choice.squares.gather(1, choice.indices.to(at::kLong));
+  return at::stack({held.sum(), choice.squares.sum()});
 }
 
 }  // namespace
@@ -165,11 +169,10 @@ bool FusedSteps::takes(const FusedMomentum& m, const FusedTrion& how) {
                                      is_aligned(m.momentum)));
 }
 
-void FusedSteps::trion(const std::vector<FusedMomentum>& given, const FusedTrion& how,
-                       const FusedSettings& s) {
-  if (given.empty()) return;
-  const c10::cuda::CUDAGuard guard(given[0].parameter.device());
-  auto matrices = given;
+Tensor FusedSteps::trion(std::vector<FusedMomentum> matrices, const FusedTrion& how,
+                         const FusedSettings& s) {
+  if (matrices.empty()) return {};
+  const c10::cuda::CUDAGuard guard(matrices[0].parameter.device());
   for (auto& m : matrices) m.gradient = read_by_boxes(m.gradient);
   const auto& first = matrices[0];
   const auto rows = first.parameter.size(0), columns = first.parameter.numel() / rows;
@@ -179,12 +182,14 @@ void FusedSteps::trion(const std::vector<FusedMomentum>& given, const FusedTrion
     const auto most = most_at_once(2 * (2 * rows * columns + 4 * n * n));
     each_batch(matrices, best_count(rows, columns, static_cast<int64_t>(matrices.size()), most),
                [&](const auto& batch) { full_rank_step(*impl_, batch, how, s); });
-    return;
+    return {};
   }
   const auto copy = first.momentum.scalar_type() == at::kFloat ? rows * columns : 0;
   const auto low = 2 * ((3 * longer + columns + 4 * how.rank) * how.rank + copy);
+  std::vector<Tensor> measured;
   each_batch(matrices, even_count(static_cast<int64_t>(matrices.size()), most_at_once(low)),
-             [&](const auto& batch) { low_rank_step(*impl_, batch, how, s); });
+             [&](const auto& batch) { measured.push_back(low_rank_step(*impl_, batch, how, s)); });
+  return how.measures ? at::stack(measured).sum(0) : Tensor();
 }
 
 }  // namespace ounce::optim

@@ -66,6 +66,14 @@ __device__ void make_tables(Shared<S>& shared, const ProjectedAdamMatrix& t, int
   }
 }
 
+// m / (root2 sqrt(v) + eps) to 2^-21, in a few instructions.
+__device__ inline float direction_of(float m, float v, float root2, float eps) {
+  float root, inverse;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(v));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(fmaf(root, root2, eps)));
+  return m * inverse;
+}
+
 struct Terms {
   Constants c;
   float of_m, of_v;       // times a: what is added to m; whose square is added to v
@@ -73,16 +81,16 @@ struct Terms {
   multi::Rounding m_bits, v_bits;
 
   template <class S>
-  __device__ float one(float a, float old_m, float old_v, int64_t position, S& m, S& v) const {
+  __device__ float one(float a, float old_m, float old_v, uint32_t position, S& m, S& v) const {
     const float root = a * of_v;
     m_bits.put(m, fmaf(c.beta1, old_m, a * of_m), position);
     v_bits.put(v, fmaf(root, root, c.beta2 * old_v), position);
-    return to_float(m) * inverse1 * __fdividef(1, sqrtf(to_float(v)) * root2 + c.eps);
+    return direction_of(to_float(m) * inverse1, to_float(v), root2, c.eps);
   }
 };
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 5)
     adam_of(const __grid_constant__ ProjectedAdam s, const __grid_constant__ Constants c,
             int elements) {
   __shared__ alignas(16) Shared<S> shared;
@@ -120,10 +128,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int j = 0; j < kWidth; ++j) {
       const bool is_new = places.of[j] == kNew;
       const int from = row + (is_new ? 0 : places.of[j]);
-      const float old_m = is_new ? 0 : to_float(shared.m[from]);
-      const float old_v = is_new ? fresh.of[j] : to_float(shared.v[from]);
-      uu.of[j] = __float2bfloat16_rn(
-          terms.one(to_float(aa.of[j]), old_m, old_v, first + i + j, mm.of[j], vv.of[j]));
+      const float was_m = to_float(shared.m[from]), was_v = to_float(shared.v[from]);
+      const float old_m = is_new ? 0 : was_m, old_v = is_new ? fresh.of[j] : was_v;
+      uu.of[j] =
+          __float2bfloat16_rn(terms.one(to_float(aa.of[j]), old_m, old_v,
+                                        static_cast<uint32_t>(first) + i + j, mm.of[j], vv.of[j]));
     }
     *reinterpret_cast<Pack<S>*>(m + i) = mm;
     *reinterpret_cast<Pack<S>*>(v + i) = vv;

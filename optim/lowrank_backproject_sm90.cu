@@ -7,15 +7,13 @@
 // Memory is the limit: p is read and written, 4 bytes an element of 16 bits; the products take half
 // of that time and the rounding's arithmetic another half, so each step's products run under the
 // arithmetic of the step before.
+#include <ounce/optim/lowrank_rest.h>
 #include <ounce/optim/lowrank_tiles.h>
-
-#include <cfloat>
 
 namespace ounce::optim {
 namespace lowrank {
 namespace {
 
-constexpr int kColumns = 64;  // of a step
 constexpr int kBoxBytes = kWarpRows * tma::kRowBytes;
 
 enum class Kind { kNearest16, kStochastic16, kFp32, kInt8 };
@@ -158,18 +156,6 @@ __device__ void load_left(wgmma::Fragment (&left)[rank / 16], uint32_t stage, in
   }
 }
 
-template <bool right, int rank>
-__device__ void multiply_step(float (&d)[32], const wgmma::Fragment (&left)[rank / 16],
-                              uint32_t stage) {
-  wgmma::fence();
-#pragma unroll
-  for (int k = 0; k < rank / 16; ++k) {
-    const auto at = wgmma::descriptor(stage) + (right ? k * 128 : k / 4 * 512 + k % 4 * 2);
-    wgmma::multiply<right>(d, left[k], at, k);
-  }
-  wgmma::commit();
-}
-
 struct Scalars {
   float keep, factor;
   uint32_t stream;  // of the odds of rounding: rounding::row_of()
@@ -234,52 +220,6 @@ __device__ void change(const float (&d)[32], const Scalars& s, uint32_t tile, ui
   }
 }
 
-// Neighbours of a row that share a scale are what a warp has in two steps.
-static_assert(kInt8Block == 2 * kColumns);
-
-__device__ inline float larger(float x, float y) {  // a NaN is the largest
-  float z;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
-
-// What a warp's rows of a tile become, instead of d; and with those before the largest magnitudes
-// of a thread's two rows.
-__device__ void subtract(float (&d)[32], float (&largest)[2], const Scalars& s, uint32_t tile,
-                         int lane) {
-  const uint32_t row = tile + (lane & 15) * tma::kRowBytes;
-#pragma unroll
-  for (int g = 0; g < 8; g += 2) {
-    uint32_t p[4];
-    load_matrices<false>(p, row + (((g + (lane >> 4)) ^ (lane & 7)) * 16));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float old = i % 2 == 0 ? low(p[i / 2]) : high(p[i / 2]);
-      float& x = d[g * 4 + i];
-      x = fmaf(old, s.keep, -s.factor * x);
-      largest[i / 2 % 2] = larger(largest[i / 2 % 2], fabsf(x));
-    }
-  }
-}
-
-// A warp's rows of two steps -> bytes in `tile`, by 1 / scale of a thread's two rows.
-__device__ void narrow(const float (&left)[32], const float (&right)[32], const float (&inverse)[2],
-                       uint32_t tile, int lane) {
-  constexpr float kRound = 12582912;  // 1.5 * 2^23: in front of it, a rounded number's bits
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t row = tile + (half * 8 + lane / 4) * tma::kRowBytes + lane % 4 * 2;
-#pragma unroll
-    for (int g = 0; g < 16; ++g) {
-      const auto& from = g < 8 ? left : right;
-      const float x = fmaf(from[g % 8 * 4 + half * 2], inverse[half], kRound);
-      const float y = fmaf(from[g % 8 * 4 + half * 2 + 1], inverse[half], kRound);
-      store_u16(row + ((g / 2 ^ lane / 4) * 16) + g % 2 * 8,
-                __byte_perm(__float_as_uint(x), __float_as_uint(y), 0x0040));
-    }
-  }
-}
-
 template <Kind kind>
 __device__ Scalars scalars_of(const Arguments& a, const BackprojectMatrix& matrix) {
   const float lr = scalar(a.lr, 1);
@@ -321,34 +261,23 @@ struct Tiles {
   }
 
   // The two steps of a block of 8 bits: the first,
-  __device__ void subtract(float (&d)[32], float (&largest)[2], const Scalars& s) {
+  __device__ void subtract(float (&d)[32], float (&largest)[2]) {
     ring.wait(place);
-    lowrank::subtract(d, largest, s, ring.at(place.stage) + warp * M::kWarpBytes, lane);
+    lowrank::subtract(d, largest, ring.at(place.stage) + warp * M::kWarpBytes, lane);
     __syncwarp();
     if (lane == 0) ptx::arrive(ring.empty(place.stage));
     place.next();
   }
   // and the second, whose tile the bytes of both go through.
   __device__ void narrow(const float (&before)[32], float (&d)[32], float (&largest)[2],
-                         const Scalars& s, const BackprojectMatrix& matrix, const Arguments& a,
-                         int first_row, int block) {
+                         const BackprojectMatrix& matrix, const Arguments& a, int first_row,
+                         int block) {
     const uint32_t tile = ring.at(place.stage) + warp * M::kWarpBytes;
     const int row = first_row + warp * kWarpRows;
     ring.wait(place);
-    lowrank::subtract(d, largest, s, tile, lane);
+    lowrank::subtract(d, largest, tile, lane);
     float inverse[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float& x = largest[half];
-      for (const int other : {1, 2}) x = larger(x, __shfl_xor_sync(~0u, x, other));
-      const float scale = x / 127;
-      inverse[half] = scale > 0 ? fminf(1 / scale, FLT_MAX) : 0;
-      const auto of = static_cast<uint32_t>(row + half * 8 + lane / 4);
-      if (lane % 4 == 0 && of < a.rows) {
-        matrix.scales[int64_t{of} * (a.steps / 2) + block] = scale;
-      }
-      x = 0;
-    }
+    scale_rows(largest, inverse, {matrix.scales, a.rows, a.steps / 2}, row, block, lane);
     __syncwarp();
     lowrank::narrow(before, d, inverse, tile, lane);
     ptx::fence_shared_for_async();
@@ -405,11 +334,11 @@ __device__ void multiply(const Arguments& a, const M& memory, int cluster, uint3
       float next[32], largest[2] = {};
       for (int pair = 0; pair < a.steps / 2; ++pair) {
         begin(odd);
-        tiles.subtract(even, largest, s);
+        tiles.subtract(even, largest);
         end(odd);
         const bool more = pair + 1 < a.steps / 2;
         if (more) begin(next);
-        tiles.narrow(even, odd, largest, s, matrix, a, row, pair);
+        tiles.narrow(even, odd, largest, matrix, a, row, pair);
         if (!more) break;
         end(next);
 #pragma unroll

@@ -121,32 +121,136 @@ void run_captured(const std::function<cudaError_t(cudaStream_t)>& f) {
   CHECK(cudaStreamDestroy(stream));
 }
 
-void check_project(const LowRankShape& s) {
+std::vector<float> floats(const bf16* from, int64_t count) {
+  return std::vector<float>(from, from + count);
+}
+
+// u q as it lies in p, of one matrix.
+std::vector<double> product(const LowRankShape& s, const bf16* from_u, const bf16* from_q) {
+  const auto u = floats(from_u, s.longer() * s.rank), q = floats(from_q, s.rank * s.n());
+  std::vector<double> all(s.rows * s.columns);
+  const int64_t along = s.right ? 1 : s.columns, across = s.right ? s.columns : 1;
+  for (int64_t outer = 0; outer < s.longer(); ++outer) {
+    for (int64_t j = 0; j < s.rank; ++j) {
+      const double x = u[outer * s.rank + j];
+      double* to = all.data() + outer * across;
+      for (int64_t k = 0; k < s.n(); ++k) to[k * along] += x * q[j * s.n() + k];
+    }
+  }
+  return all;
+}
+
+// Chosen vectors, of about unit length.
+Batch<bf16> vectors_of(const LowRankShape& s) {
+  const auto size = 1 / std::sqrt(static_cast<float>(s.n()));
+  return Batch<bf16>(s.count, s.rank * s.n(), [=](int64_t i) { return noise(i, 3) * size; });
+}
+
+// Where matrices go in 8 bits, with gaps between them.
+struct Bytes {
+  LowRankShape shape;
+  int64_t blocks = (shape.columns + 127) / 128;
+  int64_t stride = (shape.rows * shape.columns + 15) / 16 * 16 + 64;
+  Batch<float> scales;
+  int8_t* device;
+
+  explicit Bytes(const LowRankShape& s)
+      : shape(s), scales(s.count, s.rows * blocks, [](int64_t) { return -1; }) {
+    device = upload(std::vector<int8_t>(stride * s.count, kUnset));
+  }
+  ~Bytes() { cudaFree(device); }
+  Bytes(const Bytes&) = delete;
+  int8_t* at(int i) { return device + i * stride; }
+  std::vector<int8_t> pull() const {
+    std::vector<int8_t> bytes(stride * shape.count);
+    CHECK(cudaMemcpy(bytes.data(), device, bytes.size(), cudaMemcpyDeviceToHost));
+    return bytes;
+  }
+  void untouched() const {
+    scales.same("scales");
+    const auto bytes = pull();
+    failed |= std::any_of(bytes.begin(), bytes.end(), [](int8_t x) { return x != kUnset; });
+  }
+  // With p - u q; poisoned: p's first block is not finite.
+  void compare(const Batch<bf16>& p, const Batch<bf16>& u, const Batch<bf16>& q,
+               bool poisoned) const {
+    const auto& s = shape;
+    std::vector<double> largest;
+    const auto bytes = pull();
+    const auto got = scales.pull();
+    double worst = 0;
+    int64_t stray = 0;
+    bool kept = false;
+    for (int i = 0; i < s.count; ++i) {
+      auto x = product(s, u.of(i), q.of(i));
+      std::vector<double> most(s.rows * blocks);
+      for (int64_t k = 0; k < s.rows * s.columns; ++k) {
+        x[k] = static_cast<float>(p.of(i)[k]) - x[k];
+        double& of = most[k / s.columns * blocks + k % s.columns / 128];
+        of = std::max(of, std::fabs(x[k]));
+      }
+      for (int64_t k = 0; k < s.rows * s.columns; ++k) {
+        const int64_t block = k / s.columns * blocks + k % s.columns / 128;
+        const float scale = got[64 + i * scales.stride + block];
+        if (poisoned && i == 0 && block == 0) {
+          kept = std::isnan(scale);
+          continue;
+        }
+        worst = std::max(worst, std::fabs(scale * bytes[i * stride + k] - x[k]) / scale);
+      }
+      for (int64_t k = s.rows * s.columns; k < stride; ++k)
+        stray += bytes[i * stride + k] != kUnset;
+      for (const double of : most) largest.push_back(of / 127);
+    }
+    if (!poisoned) scales.compare("scales", largest, 1e-5);
+    std::printf(" off by %.3f steps%s", worst, worst > 0.501 || stray > 0 ? " WRONG" : "");
+    failed |= worst > 0.501 || stray > 0 || (poisoned && !kept);
+  }
+
+ private:
+  static constexpr int8_t kUnset = 99;
+};
+
+// With `rest`, what a leaves in 8 bits as well.
+void check_project(const LowRankShape& s, bool rest = false, bool skip = false) {
   const int64_t longer = s.longer(), n = s.n(), r = s.rank;
   Batch<bf16> g(s.count, s.rows * s.columns, [](int64_t i) { return noise(i, 1); });
-  Batch<bf16> q(s.count, r * n,
-                [&](int64_t i) { return noise(i, 2) / std::sqrt(static_cast<float>(n)); });
+  auto q = vectors_of(s);
   Batch<bf16> out(s.count, longer * r, [](int64_t) { return NAN; });
+  Bytes bytes(s);
+  Batch<float> skips(1, 1, [&](int64_t) { return skip ? 1 : 0; });
   std::vector<ProjectMatrix> host(s.count);
-  for (int i = 0; i < s.count; ++i) CHECK(fill(s, {g.at(i), q.at(i), out.at(i)}, &host[i]));
+  for (int i = 0; i < s.count; ++i) {
+    CHECK(fill(s,
+               {g.at(i), q.at(i), out.at(i), rest ? bytes.at(i) : nullptr,
+                rest ? bytes.scales.at(i) : nullptr},
+               &host[i]));
+  }
   auto* matrices = upload(host);
-  run_captured([&](cudaStream_t stream) { return project({s, matrices}, stream); });
+  const Project p{s, matrices, rest, skips.at(0)};
+  run_captured([&](cudaStream_t stream) { return project(p, stream); });
+  cudaFree(matrices);
+  if (skip) {
+    out.same("a");
+    return bytes.untouched();
+  }
   std::vector<double> expected;
   for (int i = 0; i < s.count; ++i) {
+    const auto x = floats(g.of(i), longer * n), v = floats(q.of(i), r * n);
     for (int64_t row = 0; row < longer; ++row) {
       for (int64_t j = 0; j < r; ++j) {
         double sum = 0;
         for (int64_t k = 0; k < n; ++k) {
-          sum += static_cast<double>(
-                     static_cast<float>(g.of(i)[s.right ? row * n + k : k * longer + row])) *
-                 static_cast<float>(q.of(i)[j * n + k]);
+          sum += double{x[s.right ? row * n + k : k * longer + row]} * v[j * n + k];
         }
         expected.push_back(sum);
       }
     }
   }
   out.compare("a", expected, 2.5e-3);
-  cudaFree(matrices);
+  if (!rest) return bytes.untouched();
+  out.host = out.pull();
+  bytes.compare(g, out, q, false);
 }
 
 struct AdamCase {
@@ -285,15 +389,9 @@ void check_backproject(const LowRankShape& s, Rounding rounding, bool with_lr, b
   int64_t odd = 0, at = 0, lost = 0;
   const auto got = p.pull();
   for (int i = 0; i < s.count; ++i) {
+    const auto sums = product(s, u.of(i), q.of(i));
     for (int64_t k = 0; k < s.rows * s.columns; ++k, ++at) {
-      const int64_t row = k / s.columns, column = k % s.columns;
-      const int64_t outer = s.right ? row : column, inner = s.right ? column : row;
-      double sum = 0;
-      for (int64_t j = 0; j < r; ++j) {
-        sum += static_cast<double>(static_cast<float>(u.of(i)[outer * r + j])) *
-               static_cast<float>(q.of(i)[j * n + inner]);
-      }
-      double x = static_cast<float>(p.of(i)[k]) * keep - lr * call.factor * sum;
+      double x = static_cast<float>(p.of(i)[k]) * keep - lr * call.factor * sums[k];
       const float found = static_cast<float>(got[64 + i * p.stride + k]);
       if (!std::isfinite(x)) {
         lost += std::isnan(x) ? !std::isnan(found) : found != x;
@@ -321,16 +419,10 @@ void check_backproject(const LowRankShape& s, Rounding rounding, bool with_lr, b
 
 // p - u q in 8 bits, which leaves p.
 void check_narrow(const LowRankShape& s, bool skip, bool poisoned) {
-  const int64_t longer = s.longer(), n = s.n(), r = s.rank, blocks = (s.columns + 127) / 128;
   Batch<bf16> p(s.count, s.rows * s.columns, [](int64_t i) { return noise(i, 1); });
-  Batch<bf16> u(s.count, longer * r, [](int64_t i) { return noise(i, 2); });
-  Batch<bf16> q(s.count, r * n,
-                [&](int64_t i) { return noise(i, 3) / std::sqrt(static_cast<float>(n)); });
-  Batch<float> scales(s.count, s.rows * blocks, [](int64_t) { return -1; });
-  const int64_t stride = (s.rows * s.columns + 15) / 16 * 16 + 64;
-  std::vector<int8_t> bytes(stride * s.count, 99);
-  auto* out = allocate<int8_t>(stride * s.count);
-  CHECK(cudaMemcpy(out, bytes.data(), bytes.size(), cudaMemcpyHostToDevice));
+  Batch<bf16> u(s.count, s.longer() * s.rank, [](int64_t i) { return noise(i, 2); });
+  auto q = vectors_of(s);
+  Bytes bytes(s);
   if (poisoned) {
     p.host[64 + 3] = bf16(NAN);
     p.push();
@@ -339,55 +431,15 @@ void check_narrow(const LowRankShape& s, bool skip, bool poisoned) {
   std::vector<BackprojectMatrix> host(s.count);
   for (int i = 0; i < s.count; ++i) {
     CHECK(fill(s, Element::kInt8,
-               {p.at(i), u.at(i), q.at(i), nullptr, 0, out + i * stride, scales.at(i)}, &host[i]));
+               {p.at(i), u.at(i), q.at(i), nullptr, 0, bytes.at(i), bytes.scales.at(i)}, &host[i]));
   }
   auto* matrices = upload(host);
   Backproject call{s, Element::kInt8, Rounding::kNearest, matrices};
   call.skip = skips.at(0);
   run_captured([&](cudaStream_t stream) { return backproject(call, stream); });
   p.same("p");
-  CHECK(cudaMemcpy(bytes.data(), out, bytes.size(), cudaMemcpyDeviceToHost));
-  cudaFree(out);
   cudaFree(matrices);
-  if (skip) {
-    scales.same("scales");
-    failed |= std::any_of(bytes.begin(), bytes.end(), [](int8_t x) { return x != 99; });
-    return;
-  }
-  std::vector<double> largest;
-  const auto got = scales.pull();
-  double worst = 0;
-  int64_t stray = 0;
-  bool kept = false;
-  for (int i = 0; i < s.count; ++i) {
-    std::vector<double> x(s.rows * s.columns);
-    std::vector<double> most(s.rows * blocks);
-    for (int64_t k = 0; k < s.rows * s.columns; ++k) {
-      const int64_t row = k / s.columns, column = k % s.columns;
-      const int64_t outer = s.right ? row : column, inner = s.right ? column : row;
-      x[k] = static_cast<float>(p.of(i)[k]);
-      for (int64_t j = 0; j < r; ++j) {
-        x[k] -= static_cast<double>(static_cast<float>(u.of(i)[outer * r + j])) *
-                static_cast<float>(q.of(i)[j * n + inner]);
-      }
-      double& of = most[row * blocks + column / 128];
-      of = std::max(of, std::fabs(x[k]));
-    }
-    for (int64_t k = 0; k < s.rows * s.columns; ++k) {
-      const int64_t block = k / s.columns * blocks + k % s.columns / 128;
-      const float scale = got[64 + i * scales.stride + block];
-      if (poisoned && i == 0 && block == 0) {
-        kept = std::isnan(scale);
-        continue;
-      }
-      worst = std::max(worst, std::fabs(scale * bytes[i * stride + k] - x[k]) / scale);
-    }
-    for (int64_t k = s.rows * s.columns; k < stride; ++k) stray += bytes[i * stride + k] != 99;
-    for (const double of : most) largest.push_back(of / 127);
-  }
-  if (!poisoned) scales.compare("scales", largest, 1e-5);
-  std::printf(" off by %.3f steps%s", worst, worst > 0.501 || stray > 0 ? " WRONG" : "");
-  failed |= worst > 0.501 || stray > 0 || (poisoned && !kept);
+  skip ? bytes.untouched() : bytes.compare(p, u, q, poisoned);
 }
 
 void check() {
@@ -405,6 +457,10 @@ void check() {
     name(s);
     std::printf(" project:");
     check_project(s);
+    if (can_keep_rest(s)) {
+      check_project(s, true);
+      check_project(s, true, true);
+    }
     std::printf("\n");
     for (const bool wide : {false, true}) {
       const auto say = [&](const char* what, const AdamCase& c) {
@@ -447,7 +503,7 @@ void check_many() {
   for (const auto& s : shapes) {
     std::printf("%d x %lld x %lld:", s.count, static_cast<long long>(s.rows),
                 static_cast<long long>(s.columns));
-    check_project(s);
+    check_project(s, can_keep_rest(s));
     check_adam<bf16>(s, {true, true, false, true, false});
     check_backproject<bf16>(s, Rounding::kStochastic, true, false, false);
     check_backproject<float>(s, Rounding::kNearest, false, false, false);
@@ -496,7 +552,7 @@ double median_ms(int rounds, const std::function<void()>& f) {
 
 struct Layer {
   LowRankShape shape;
-  ProjectMatrix* project;
+  ProjectMatrix *project, *keep_rest;
   ProjectedAdamMatrix* adam[2];  // moments of bf16, of fp32
   BackprojectMatrix *back, *narrow;
 };
@@ -522,12 +578,18 @@ Layer make_layer(const LowRankShape& s) {
   auto* scales = allocate<float>(s.rows * blocks * s.count);
   auto* step = allocate<float>(s.count);
   CHECK(cudaMemset(step, 0, s.count * 4));
-  std::vector<ProjectMatrix> project(s.count);
+  std::vector<ProjectMatrix> project(s.count), keep_rest(s.count);
   std::vector<ProjectedAdamMatrix> adam[2];
   std::vector<BackprojectMatrix> back(s.count), narrow(s.count);
   for (int64_t i = 0; i < s.count; ++i) {
     const auto seed = static_cast<uint64_t>(i);
     CHECK(fill(s, {g + i * size, q + i * r * n, a + i * longer * r}, &project[i]));
+    if (can_keep_rest(s)) {
+      CHECK(fill(s,
+                 {g + i * size, q + i * r * n, a + i * longer * r, bytes + i * size,
+                  scales + i * s.rows * blocks},
+                 &keep_rest[i]));
+    }
     for (int k = 0; k < 2; ++k) {
       const auto state = [&](void* all) {
         return static_cast<char*>(all) + i * longer * r * (k == 1 ? 4 : 2);
@@ -542,7 +604,12 @@ Layer make_layer(const LowRankShape& s) {
                 scales + i * s.rows * blocks},
                &narrow[i]));
   }
-  return {s, upload(project), {upload(adam[0]), upload(adam[1])}, upload(back), upload(narrow)};
+  return {s,
+          upload(project),
+          upload(keep_rest),
+          {upload(adam[0]), upload(adam[1])},
+          upload(back),
+          upload(narrow)};
 }
 
 void time(int rounds, int rank) {
@@ -575,6 +642,15 @@ void time(int rounds, int rank) {
       },
       [&](const LowRankShape& s) {
         return 2.0 * (s.rows * s.columns + s.rank * (s.n() + s.longer()));
+      });
+  line(
+      "project, keep rest",
+      [&](Layer& l) {
+        if (can_keep_rest(l.shape)) CHECK(project({l.shape, l.keep_rest, true}, nullptr));
+      },
+      [&](const LowRankShape& s) {
+        if (!can_keep_rest(s)) return 0.0;
+        return 3.0 * s.rows * s.columns + 2.0 * s.rank * (s.n() + s.longer());
       });
   for (const bool wide : {false, true}) {
     line(

@@ -14,8 +14,15 @@ cudaError_t fill(const LowRankShape& shape, const ProjectTensors& tensors, Proje
   if (error != cudaSuccess) return error;
   error = make_map(&matrix->q, fp16, t.q, shape.rank, shape.n(), padded(shape.rank) / 2);
   if (error != cudaSuccess) return error;
-  return make_map(&matrix->out, fp16, t.out, shape.longer(), shape.rank, kRowsAtOnce,
-                  copies_of(shape.rank).wide);
+  error = make_map(&matrix->out, fp16, t.out, shape.longer(), shape.rank, kRowsAtOnce,
+                   copies_of(shape.rank).wide);
+  matrix->rest = matrix->out;  // every map is one
+  matrix->scales = t.scales;
+  if (error != cudaSuccess || t.rest == nullptr) return error;
+  if (!can_keep_rest(shape) || !is_aligned(t.rest) || t.scales == nullptr) {
+    return cudaErrorInvalidValue;
+  }
+  return make_map(&matrix->rest, Element::kInt8, t.rest, shape.rows, shape.columns, kWarpRows);
 }
 
 cudaError_t fill(const LowRankShape& shape, Element p, const BackprojectTensors& tensors,

@@ -41,16 +41,26 @@ enum class Element { kBf16, kFp32, kInt8 };
 
 // ---- a = x q^T, [longer, rank]; x a gradient or its transpose
 
+// With `rest`, what a leaves of x, x - a q, in 8 bits: each kInt8Block neighbours of a row share a
+// scale, their largest magnitude / 127; what is not finite makes that so. Where can_keep_rest().
+
 // The pointers of one matrix, all to device memory.
 struct ProjectTensors {
   const void* gradient = nullptr;  // [rows, columns] bf16
   const void* q = nullptr;         // [rank, n] bf16: the chosen vectors, one a row
   void* out = nullptr;             // [longer, rank] bf16: a
+  void* rest = nullptr;            // [rows, columns] int8, or null
+  float* scales = nullptr;         // of it, [rows, blocks]
 };
 
 struct ProjectMatrix {
-  CUtensorMap gradient, q, out;
+  CUtensorMap gradient, q, out, rest;
+  float* scales;
 };
+
+inline bool can_keep_rest(const LowRankShape& shape) {
+  return shape.right && shape.columns % 16 == 0;
+}
 
 // On the host. cudaErrorInvalidValue where the tensors or the shape are none of the above.
 cudaError_t fill(const LowRankShape& shape, const ProjectTensors& tensors, ProjectMatrix* matrix);
@@ -58,6 +68,8 @@ cudaError_t fill(const LowRankShape& shape, const ProjectTensors& tensors, Proje
 struct Project {
   LowRankShape shape;
   const ProjectMatrix* matrices = nullptr;  // device, [count]
+  bool rest = false;                        // what of all of them is asked for
+  const float* skip = nullptr;              // device, a scalar: nonzero changes nothing
 };
 cudaError_t project(const Project& project, cudaStream_t stream);
 
@@ -98,9 +110,8 @@ cudaError_t adam(const ProjectedAdam& adam, cudaStream_t stream);
 
 // ---- p = keep p - lr factor (u q), with keep = decay - lr weight_decay; p [rows, columns]
 
-// What p becomes goes to p, or with Element::kInt8 to `out`: p is bf16 then and stays as it is, and
-// each kInt8Block neighbours of a row share a scale, their largest magnitude / 127; what is not
-// finite makes that so. Columns are a multiple of 16.
+// What p becomes goes to p, or with Element::kInt8 p - u q to `out`, as above: p is bf16 then and
+// stays as it is. Columns are a multiple of 16.
 struct BackprojectTensors {
   void* p = nullptr;            // [rows, columns]
   const void* u = nullptr;      // [longer, rank] bf16

@@ -2,8 +2,12 @@
 // a = x q^T on Hopper. A persistent product of tiles [128, rank], the whole rank at once, so that x
 // is read once; q comes from the L2 cache, half of each stage for both blocks of a cluster.
 //
+// Where what a leaves of x is asked for, a is in registers behind a tile's last product, as the
+// left factor of a q, and x comes again, backwards, while the L2 cache has some of it.
+//
 // Memory is the limit: 2 bytes an element of x; the products take half of that time. What leaves
 // has shared memory of its own, so that the next tile's x comes meanwhile.
+#include <ounce/optim/lowrank_rest.h>
 #include <ounce/optim/lowrank_tiles.h>
 
 namespace ounce::optim {
@@ -18,8 +22,10 @@ struct Memory {
   static constexpr int kLeftBytes = kBlockRows * kDepth * 2, kStageBytes = kLeftBytes + rank * 128;
   // Of a warp, side by side: its rows of a that leave together.
   static constexpr int kBoxBytes = kRowsAtOnce * tma::kRowBytes;
-  static constexpr int kOutBytes = rank / 64 * kBoxBytes, kWarps = 2 * kGroup / 32;
+  static constexpr int kRestBytes = kWarpRows * tma::kRowBytes, kWarps = 2 * kGroup / 32;
+  static constexpr int kOutBytes = rank > 128 ? rank / 64 * kBoxBytes : kRestBytes;
   static constexpr int kStages = 196608 / kStageBytes;
+  static_assert(kStages % 2 == 0 && kOutBytes >= rank / 64 * kBoxBytes);
   using Ring = lowrank::Ring<kStages, kStageBytes>;
   static constexpr int kOutAt = kStages * kStageBytes, kBarriersAt = kOutAt + kWarps * kOutBytes;
   static constexpr int kBytes = 1024 + kBarriersAt + Ring::kBarrierBytes;
@@ -38,16 +44,19 @@ struct Memory {
 
 struct Arguments {
   const ProjectMatrix* matrices;
+  const float* skip;
   int pairs, items, clusters, steps;
   int boxes;  // copies of a warp's rows of a
+  uint32_t rows;
 };
 
-template <bool right, class M>
+template <bool right, bool rest, class M>
 __device__ void fetch(const Arguments& a, const M& memory, int cluster, uint32_t block, int lane) {
   for (int i = lane; i < a.items / a.pairs; i += 32) {
     refresh(&a.matrices[i].gradient);
     refresh(&a.matrices[i].q);
     refresh(&a.matrices[i].out);
+    refresh(&a.matrices[i].rest);
   }
   __syncwarp();
   if (lane != 0) return;
@@ -56,7 +65,7 @@ __device__ void fetch(const Arguments& a, const M& memory, int cluster, uint32_t
   for (Walk walk{a.pairs, cluster}; walk.item < a.items; walk.item += a.clusters) {
     const ProjectMatrix& matrix = a.matrices[walk.matrix()];
     const int outer = walk.row() + static_cast<int>(block) * kBlockRows;
-    for (int step = 0; step < a.steps; ++step, place.next()) {
+    const auto fetch_step = [&](int step) {
       memory.ring.claim(place, M::kStageBytes);
       const uint32_t full = memory.ring.full(place.stage);
       const int inner = step * kDepth;
@@ -67,6 +76,12 @@ __device__ void fetch(const Arguments& a, const M& memory, int cluster, uint32_t
       }
       load_for_both(memory.right(place.stage) + block * kHalf, &matrix.q, inner,
                     static_cast<int>(block) * (kHalf / tma::kRowBytes), full);
+      place.next();
+    };
+    for (int step = 0; step < a.steps; ++step) fetch_step(step);
+    for (int pair = rest ? a.steps / 2 - 1 : -1; pair >= 0; --pair) {
+      fetch_step(2 * pair);
+      fetch_step(2 * pair + 1);
     }
   }
 }
@@ -83,7 +98,7 @@ __device__ void multiply_tile(float (&d)[size], const M& memory, typename M::Rin
     wgmma::fence();
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k) {
-      wgmma::multiply<!right, false>(d, x + (right ? 2 : 128) * k, q + 2 * k, step | k);
+      wgmma::multiply<!right, false>(d, x + (right ? 2 : 128) * k, q + 2 * k, 1);
     }
     wgmma::commit();
     if (step > 0) {
@@ -123,27 +138,86 @@ __device__ void send(const Arguments& a, const CUtensorMap* map, const float (&d
   }
 }
 
-template <bool right, int rank, class M>
+// x - a q of a warp's rows of the tile that gave the sums d.
+template <int rank, class M>
+__device__ void keep_rest(const Arguments& a, const ProjectMatrix& matrix, const M& memory,
+                          typename M::Ring::Place& place, const float (&d)[rank / 2], uint32_t out,
+                          int row, int group, uint32_t block) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  wgmma::Fragment left[rank / 16];
+#pragma unroll
+  for (int i = 0; i < rank / 4; ++i) left[i / 4][i % 4] = pack(d[i * 2], d[i * 2 + 1]);
+  const auto begin = [&](float(&x)[32]) {
+    memory.ring.wait(place);
+    multiply_step<true, rank>(x, left, memory.right(place.stage));
+    const int stage = place.stage;
+    place.next();
+    return stage;
+  };
+  float first[32], second[32], next[32], largest[2] = {}, inverse[2];
+  const auto end = [&](float(&x)[32], int stage) {
+    wgmma::arrived(x);
+    subtract(x, largest,
+             memory.left(stage) + (group * kGroupRows + warp * kWarpRows) * tma::kRowBytes, lane);
+    __syncwarp();
+    memory.ring.release(stage, block);
+  };
+  // A step's products run under the arithmetic of the step before.
+  int stage = begin(first);
+  for (int pair = a.steps / 2 - 1;; --pair) {
+    const int second_stage = begin(second);
+    wgmma::wait<1>();
+    end(first, stage);
+    if (pair > 0) {
+      stage = begin(next);
+      wgmma::wait<1>();
+    } else {
+      wgmma::wait<0>();
+    }
+    end(second, second_stage);
+    scale_rows(largest, inverse, {matrix.scales, a.rows, a.steps / 2}, row, pair, lane);
+    if (lane == 0) wait_stores_read<0>();
+    __syncwarp();
+    narrow(first, second, inverse, out, lane);
+    ptx::fence_shared_for_async();
+    __syncwarp();
+    if (lane == 0) {
+      store(&matrix.rest, out, pair * static_cast<int>(kInt8Block), row);
+      tma::commit_stores();
+    }
+    if (pair == 0) return;
+    wgmma::wait<0>();
+    wgmma::arrived(next);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) first[i] = next[i];
+  }
+}
+
+template <bool right, bool rest, int rank, class M>
 __device__ void multiply(const Arguments& a, const M& memory, int cluster, uint32_t block,
                          int group, int thread) {
-  float d[rank / 2];
   const int warp = thread / 32, lane = thread % 32;
   typename M::Ring::Place place;
   for (Walk walk{a.pairs, cluster}; walk.item < a.items; walk.item += a.clusters) {
+    float d[rank / 2] = {};  // set, so that its registers are free from one tile to the next
     multiply_tile<right>(d, memory, place, a.steps, group, block);
     const int row =
         walk.row() + static_cast<int>(block) * kBlockRows + group * kGroupRows + warp * kWarpRows;
-    send(a, &a.matrices[walk.matrix()].out, d, memory.out(group * 4 + warp), row, lane);
+    const ProjectMatrix& matrix = a.matrices[walk.matrix()];
+    const uint32_t out = memory.out(group * 4 + warp);
+    send(a, &matrix.out, d, out, row, lane);
+    if constexpr (rest) keep_rest<rank>(a, matrix, memory, place, d, out, row, group, block);
   }
   if (lane == 0) tma::wait_stores();
 }
 
-template <int rank, bool right>
+template <int rank, bool right, bool rest>
 __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     project_tiles(const __grid_constant__ Arguments a) {
   using M = Memory<rank>;
   let_next_come();
   wait_for_previous();
+  if (a.skip != nullptr && *a.skip != 0) return;
   extern __shared__ char raw[];
   const M memory(raw);
   const uint32_t block = ptx::block_in_cluster();
@@ -154,19 +228,20 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
   }
   run_block(
       [&](int warp, int lane) {
-        if (warp == 0) fetch<right>(a, memory, cluster, block, lane);
+        if (warp == 0) fetch<right, rest>(a, memory, cluster, block, lane);
       },
       [&](int group, int thread) {
-        multiply<right, rank>(a, memory, cluster, block, group, thread);
+        multiply<right, rest, rank>(a, memory, cluster, block, group, thread);
       });
 }
 
-template <int rank, bool right>
+template <int rank, bool right, bool rest = false>
 cudaError_t launch(const Arguments& a, cudaStream_t stream) {
-  return launch_clusters(project_tiles<rank, right>, a, Memory<rank>::kBytes, stream);
+  return launch_clusters(project_tiles<rank, right, rest>, a, Memory<rank>::kBytes, stream);
 }
 template <int rank>
 cudaError_t launch(const Project& p, const Arguments& a, cudaStream_t stream) {
+  if (p.rest) return launch<rank, true, true>(a, stream);
   return p.shape.right ? launch<rank, true>(a, stream) : launch<rank, false>(a, stream);
 }
 
@@ -176,14 +251,20 @@ cudaError_t launch(const Project& p, const Arguments& a, cudaStream_t stream) {
 cudaError_t project(const Project& p, cudaStream_t stream) {
   using namespace lowrank;
   const auto& shape = p.shape;
-  if (!is_valid(shape) || p.matrices == nullptr) return cudaErrorInvalidValue;
+  if (!is_valid(shape) || p.matrices == nullptr || (p.rest && !can_keep_rest(shape))) {
+    return cudaErrorInvalidValue;
+  }
   Arguments a{};
   a.matrices = p.matrices;
+  a.skip = p.skip;
+  a.rows = static_cast<uint32_t>(shape.rows);
   a.pairs = static_cast<int>((shape.longer() + kPairRows - 1) / kPairRows);
   a.items = a.pairs * shape.count;
   const auto error = count_clusters(a.items, &a.clusters);
   if (error != cudaSuccess) return error;
   a.steps = static_cast<int>((shape.n() + kDepth - 1) / kDepth);
+  // What lies outside is read as 0 and not written.
+  if (p.rest) a.steps = (a.steps + 1) / 2 * 2;
   a.boxes = copies_of(shape.rank).count;
   const int rank = padded(shape.rank);
   return rank == 64    ? launch<64>(p, a, stream)

@@ -42,6 +42,7 @@ rank_fraction = 0.0     # that share of it instead; 0 = rank
 basis = "dct2"          # dct2 | dct3 | identity | hadamard | random
 norm = 2                # 1 | 2: by which columns are ranked
 side = "auto"           # auto | left | right: which side is projected
+statistics = false      # log captured_energy and residual_norm
 )") +
     kMomentumDefaults;
 const std::string kMuonDefaults =
@@ -107,6 +108,7 @@ TrionOptions from_options(const char* name, const Options& options) {
   to.norm = options.positive("norm");
   OUNCE_CHECK(to.norm <= 2, "[", name, "] expected norm = 1 or 2, got ", to.norm);
   to.side = parse_side(options.text("side"));
+  to.statistics = options.flag("statistics");
   OUNCE_CHECK(!to.nesterov || (to.rank == 0 && to.rank_fraction == 0), "[", name,
               "] nesterov is for full rank: expected rank = 0 with it, got rank = ", to.rank,
               ", rank_fraction = ", to.rank_fraction);
@@ -120,6 +122,7 @@ Options to_options(const TrionOptions& from) {
   options.set("basis", std::string(text(from.basis)));
   options.set("norm", from.norm);
   options.set("side", std::string(text(from.side)));
+  options.set("statistics", from.statistics);
   return options;
 }
 
@@ -257,7 +260,12 @@ void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
       keep(kept);
       directions.push_back(o.nesterov ? g + kept : b);
     } else {
-      indices = std::get<0>(dct_select(b, rank, side, o.norm, o.basis));
+      Tensor share;
+      std::tie(indices, share) = dct_select(b, rank, side, o.norm, o.basis);
+      if (o.statistics) {
+        const auto all = b.square().sum();
+        parts_.push_back(at::stack({share.to(all.scalar_type()) * all, all}).to(at::kFloat));
+      }
       directions.push_back(dct_project(b, indices, side, o.basis));
       keep(b - back(directions.back(), indices) * (1 - o.momentum));
     }
@@ -275,6 +283,7 @@ void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
 
 void Trion::update(const StepControl& control) {
   const at::NoGradGuard no_grad;
+  parts_.clear();
   // Fused steps read the counts before they advance, composed ones after.
   std::vector<Bucket> composed;
   std::vector<bool> has_composed(slots_.size());
@@ -290,6 +299,19 @@ void Trion::update(const StepControl& control) {
       orthonormal_step(bucket, from, std::min(from + together, bucket.pieces.size()), control);
     }
   }
+  if (parts_.empty()) return;
+  for (auto& part : parts_) part = part.to(parts_[0].device());
+  const auto measured = at::stack(parts_).sum(0);
+  const bool keeps = control.skip.defined() && measured_.defined();
+  measured_ =
+      keeps ? at::where(control.skip.to(measured.device()).ne(0), measured_, measured) : measured;
+}
+
+NamedOptimizer::Statistics Trion::statistics() const {
+  if (!measured_.defined()) return {};
+  const auto held = measured_[0], all = measured_[1];
+  return {{"captured_energy", held / all.masked_fill(all == 0, 1)},
+          {"residual_norm", (all - held).clamp_min(0).sqrt()}};
 }
 
 // The counts of what is orthonormalised, and AdamW.
@@ -343,7 +365,8 @@ Trion::Bucket Trion::fused_step(const Bucket& bucket, const StepControl& control
                  .nesterov = o.nesterov,
                  .ns_steps = o.ns_steps,
                  .iteration = o.iteration,
-                 .factor = scale_of(bucket.rows, bucket.columns, o.scale)};
+                 .factor = scale_of(bucket.rows, bucket.columns, o.scale),
+                 .measures = o.statistics};
   if (rank == std::min(bucket.rows, bucket.columns)) how.rank = 0;
   auto rest = bucket;
   rest.pieces.clear();
@@ -366,8 +389,10 @@ Trion::Bucket Trion::fused_step(const Bucket& bucket, const StepControl& control
       rest.pieces.push_back(piece);
     }
   }
-  for (const auto& [type, matrices] : fused) {
-    fused_.trion(matrices, how, fused_settings(control, group, o, matrices[0].parameter.device()));
+  for (auto& [type, matrices] : fused) {
+    const auto settings = fused_settings(control, group, o, matrices[0].parameter.device());
+    const auto measured = fused_.trion(std::move(matrices), how, settings);
+    if (measured.defined()) parts_.push_back(measured);
   }
   return rest;
 }

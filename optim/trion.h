@@ -35,6 +35,7 @@ struct TrionOptions {
   Basis basis = Basis::kDct2;
   int64_t norm = 2;         // 1 or 2: by which columns are ranked
   Side side = Side::kAuto;  // which side is projected; auto: the smaller
+  bool statistics = false;  // statistics() says what the columns hold
   Iteration iteration = Iteration::kQuintic;
   int64_t ns_steps = 5;
   StepScale scale = StepScale::kOriginal;
@@ -76,6 +77,9 @@ class Trion : public NamedOptimizer {
       : Trion(named_parameters(parameters), options) {}
 
   void visit_state(StateVisitor& visitor) override;
+  // With `statistics`, of the matrices with a rank together, in the last step that was not skipped:
+  // captured_energy, the share of b^2 that b' holds, and residual_norm, the norm of what it leaves.
+  Statistics statistics() const override;
 
   bool orthonormalizes(const at::Tensor& parameter) const;
 
@@ -114,6 +118,8 @@ class Trion : public NamedOptimizer {
   std::vector<TrionOptions> settings_;  // as param_groups()
   std::vector<Bucket> buckets_;
   FusedSteps fused_;
+  at::Tensor measured_;            // fp32 [2]: the squares that b' and b hold; or undefined
+  std::vector<at::Tensor> parts_;  // of it, in the step under way
 };
 
 // Trion of full rank with the defaults of Muon.

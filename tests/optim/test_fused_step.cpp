@@ -344,6 +344,7 @@ TEST_P(FusedStep, TrionAndMuon) {
         o.nesterov = full;
         o.state_dtype = state;
         o.iteration = Iteration::kPolarExpress;
+        o.statistics = true;
         Pair<Trion, TrionOptions> pair(shapes, type, device(), o);
         const auto before = pair.copies();
         for (int64_t at = 0; at < 6; ++at) {
@@ -351,7 +352,12 @@ TEST_P(FusedStep, TrionAndMuon) {
         }
         const auto ours = state_of(*pair.ours), theirs = state_of(*pair.reference);
         for (size_t i = 0; i < ours.size(); ++i) EXPECT_LE(rms_error(ours[i], theirs[i]), 2e-2);
-        // What is orthonormalised in bf16, of matrices that are far from it.
+        const auto measured = pair.ours->statistics(), wanted = pair.reference->statistics();
+        ASSERT_EQ(measured.size(), wanted.size());
+        for (size_t i = 0; i < wanted.size(); ++i) {
+          EXPECT_LE(rms_error(measured[i].second, wanted[i].second), 1e-2) << wanted[i].first;
+        }
+        // What is orthonormalised in fp16, of matrices that are far from it.
         EXPECT_LE(pair.difference(before), type == at::kFloat ? 8e-2 : 0.15);
       }
     }

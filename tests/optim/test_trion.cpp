@@ -249,6 +249,34 @@ TEST_P(TrionOnDevice, SkipsLeaveEveryBitAndScalesMultiply) {
   }
 }
 
+TEST_P(TrionOnDevice, StatisticsSayWhatTheColumnsHold) {
+  TrionOptions o;
+  o.rank = 2;
+  o.basis = Basis::kIdentity;
+  o.side = Side::kRight;
+  o.momentum = 0.5;
+  o.statistics = true;
+  const auto p = parameter({3, 4}), q = parameter({5});
+  Trion optimizer({p, q}, o);
+  EXPECT_TRUE(optimizer.statistics().empty());
+  const auto step = [&](const std::vector<double>& columns, double skip) {
+    p.mutable_grad() = torch::tensor(columns, p.options().requires_grad(false)).expand({3, 4});
+    q.mutable_grad() = torch::ones_like(q);
+    const auto scalar = [&](double x) { return torch::full({}, x, torch::device(device())); };
+    optimizer.step({scalar(1e-3), scalar(2), scalar(skip)});
+    std::vector<double> values;
+    for (const auto& [name, value] : optimizer.statistics()) values.push_back(value.item<double>());
+    return values;
+  };
+  // Scaled by 2, what is left out is 2 sqrt(3 (1 + 4)).
+  const auto first = step({1, 5, 2, 7}, 0);
+  EXPECT_NEAR(first[0], 74. / 79, 1e-6);
+  EXPECT_NEAR(first[1], 2 * std::sqrt(15.), 1e-5);
+  EXPECT_EQ(step({9, 0, 9, 0}, 1), first);
+  // The momentum is all of the first and third, half of the others: 2 {1, 2.5, 2, 3.5}.
+  EXPECT_NEAR(step({0, 0, 0, 0}, 0)[0], (2.5 * 2.5 + 3.5 * 3.5) / (1 + 6.25 + 4 + 12.25), 1e-6);
+}
+
 TEST_P(TrionOnDevice, SavedStateGoesOnBitForBit) {
   const auto make = [&](std::vector<Tensor>& p) { return Trion(p, {.rank = 3}); };
   std::vector<Tensor> whole = {parameter({12, 8}, at::kFloat), parameter({8, 12}, at::kFloat),
