@@ -11,7 +11,8 @@ struct StepControl {
   at::Tensor lr;          // fp32 scalar: the base learning rate of this step
   at::Tensor grad_scale;  // fp32 scalar, undefined = 1: gradients are multiplied by it
   at::Tensor skip;  // fp32 scalar, undefined = 0: nonzero leaves parameters and state untouched
-  // Whether the step may use the gradients' memory; what it leaves there is no gradient.
+  // Whether the step may use the memory of gradients that have theirs to themselves; what it leaves
+  // there is no gradient.
   bool consume_gradients = false;
 };
 

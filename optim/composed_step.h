@@ -206,6 +206,13 @@ struct ComposedStep {
   }
 };
 
+// What a step measured, unless `skip`, which may be undefined: in place, as a CUDA graph repeats
+// it.
+inline void keep_measured(at::Tensor& kept, const at::Tensor& measured, const at::Tensor& skip) {
+  if (!kept.defined()) kept = at::zeros_like(measured);
+  kept.copy_(skip.defined() ? at::where(skip.to(kept.device()).ne(0), kept, measured) : measured);
+}
+
 // Whether a step is fused: where it can be, unless the composed one is asked for.
 inline bool is_fused(const char* optimizer, const std::string& name, const at::Tensor& parameter,
                      const std::string& implementation, bool takes) {

@@ -122,8 +122,8 @@ struct DctAdamW::Step : ComposedStep {
     if (chooses && !adds && o.statistics) {
       const auto kept = slot.indices.unsqueeze(1).eq(indices.unsqueeze(0)).any(0);
       const auto fresh = kept.logical_not().sum().to(a.scalar_type());
-      keep_measured(slot, at::stack({a.square().sum(), g.square().sum(), fresh}).to(at::kFloat),
-                    skip);
+      keep_measured(slot.measured,
+                    at::stack({a.square().sum(), g.square().sum(), fresh}).to(at::kFloat), skip);
     }
     auto m = slot.exp_avg, v = slot.exp_avg_sq;
     if (chooses && o.rotate) follow(slot, indices, a, m, v);
@@ -267,7 +267,7 @@ void DctAdamW::update(const StepControl& control) {
                                              .measures = o.statistics},
                                             settings);
       for (size_t i = 0; measured.defined() && i < slots.size(); ++i) {
-        keep_measured(*slots[i], measured[static_cast<int64_t>(i)], settings.skip);
+        keep_measured(slots[i]->measured, measured[static_cast<int64_t>(i)], settings.skip);
       }
     }
   }
@@ -298,12 +298,6 @@ DctAdamW::Columns DctAdamW::next_columns(Slot& slot, const Tensor& g, const DctA
   if (slot.gradients++ % o.update_interval != 0) return {slot.indices, false};
   const auto rank = slot.indices.size(0);
   return {std::get<0>(dct_select(g, rank, Side::kRight, o.norm, o.basis)), true};
-}
-
-// Unless `skip`, which may be undefined.
-void DctAdamW::keep_measured(Slot& slot, const Tensor& measured, const Tensor& skip) {
-  const auto old = slot.measured.defined() ? slot.measured : at::zeros_like(measured);
-  slot.measured = skip.defined() ? at::where(skip.ne(0), old, measured) : measured;
 }
 
 NamedOptimizer::Statistics DctAdamW::statistics() const {

@@ -128,7 +128,6 @@ class DctAdamW : public NamedOptimizer {
   struct Alike;
   static bool takes(const FusedTensor& tensor, const Slot& slot, const DctAdamWOptions& options);
   static Columns next_columns(Slot& slot, const at::Tensor& g, const DctAdamWOptions& options);
-  static void keep_measured(Slot& slot, const at::Tensor& measured, const at::Tensor& skip);
 
   std::vector<Slot> slots_;                // as parameters()
   std::vector<DctAdamWOptions> settings_;  // as param_groups()

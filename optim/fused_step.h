@@ -87,7 +87,8 @@ class FusedSteps {
                       const FusedSettings& settings);
 
   // Matrices of the same shape and dtypes; orthonormalised in fp16. Where a rank is measured: fp32
-  // [2], the square sums of what the columns hold of the momenta and of these, else undefined.
+  // [matrices, 2], the square sums of what the columns hold of the momentum and of the momentum,
+  // else undefined.
   at::Tensor trion(std::vector<FusedMomentum> matrices, const FusedTrion& how,
                    const FusedSettings& settings);
   // step += 1 of each, all on one device.

@@ -107,11 +107,6 @@ RankBatch like(const LowRankShape& shape, const std::vector<Tensor>& matrices) {
           .aligned = std::all_of(matrices.begin(), matrices.end(), is_aligned)};
 }
 
-// Where the sums with residuals of this type have no memory of their own.
-bool sums_in_gradients(const Tensor& gradient, at::ScalarType residual, const FusedSettings& s) {
-  return s.consume_gradients && residual == at::kChar && gradient.scalar_type() == at::kBFloat16;
-}
-
 }  // namespace
 
 RankBatch FusedSteps::Impl::batch_of(const LowRankShape& shape, const Tensor& key,
@@ -137,7 +132,7 @@ FusedSteps::Impl::Sums FusedSteps::Impl::add(const LowRankShape& shape,
   Tensor scratch;
   if (type == at::kBFloat16) {
     for (const auto& m : matrices) sums.all.push_back(m.momentum);
-  } else if (sums_in_gradients(gradients[0], type, s)) {
+  } else if (type == at::kChar && s.consume_gradients) {
     sums.all = gradients;
   } else {
     scratch =
@@ -432,18 +427,26 @@ Tensor low_rank_batch(FusedSteps::Impl& impl, std::span<const FusedTensor> tenso
 }  // namespace
 
 Tensor FusedSteps::low_rank(std::vector<FusedTensor> tensors, const FusedLowRank& how,
-                            const FusedSettings& s) {
+                            const FusedSettings& given) {
   if (tensors.empty()) return {};
   const c10::cuda::CUDAGuard guard(tensors[0].parameter.device());
-  for (auto& t : tensors) t.gradient = read_by_boxes(t.gradient);
+  // A gradient may share its memory with others, or with what backward still needs.
+  auto s = given;
+  for (auto& t : tensors) {
+    t.gradient = read_by_boxes(t.gradient);
+    s.consume_gradients = s.consume_gradients && t.gradient.scalar_type() == at::kBFloat16 &&
+                          t.gradient.storage().use_count() == 1;
+  }
   const auto& first = tensors[0];
-  const auto rows = first.parameter.size(0), columns = first.parameter.numel() / rows;
+  const auto rank = first.indices.size(0);
+  const auto shape = shape_of(first.parameter, how.transposed, rank, tensors.size());
   const auto& e = first.residual;
-  const bool copies = e.defined() ? e.scalar_type() != at::kBFloat16 &&
-                                        !sums_in_gradients(first.gradient, e.scalar_type(), s)
-                                  : first.gradient.scalar_type() == at::kFloat;
-  const auto longer = std::max(rows, columns), rank = first.indices.size(0);
-  const auto low = rows + columns + (e.defined() ? longer : 0);
+  const bool narrow = first.residual_scales.defined();
+  const bool copies = e.defined()
+                          ? e.scalar_type() != at::kBFloat16 && !(narrow && s.consume_gradients)
+                          : first.gradient.scalar_type() == at::kFloat;
+  const auto of_u = e.defined() && !(narrow && can_keep_rest(shape)) ? shape.longer() : 0;
+  const auto low = shape.rows + shape.columns + of_u;
   std::vector<Tensor> indices, steps, measured;
   for (const auto& t : tensors) {
     indices.push_back(t.indices);
@@ -451,7 +454,7 @@ Tensor FusedSteps::low_rank(std::vector<FusedTensor> tensors, const FusedLowRank
   }
   const auto chosen = at::cat(indices).view({-1, rank});
   int64_t done = 0;
-  const auto most = most_at_once(2 * (low * rank + (copies ? rows * columns : 0)));
+  const auto most = most_at_once(2 * (low * rank + (copies ? shape.rows * shape.columns : 0)));
   const auto at_once = even_count(static_cast<int64_t>(tensors.size()), most);
   each_batch(tensors, at_once, [&](const auto& batch) {
     const auto count = static_cast<int64_t>(batch.size());

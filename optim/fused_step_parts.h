@@ -169,7 +169,8 @@ struct FusedSteps::Impl {
   // momentum = keep (momentum + gradient), and the directions [count, ...] where they are defined.
   void add_gradients(std::span<const FusedMomentum> matrices, const FusedSettings& s, double keep,
                      bool nesterov, uint64_t seed, const Tensor& directions);
-  // Gradients are added to momenta, of int8 (with `scales`) elsewhere.
+  // Gradients are added to momenta of bf16; with those of fp32 and int8 (with `scales`) elsewhere,
+  // of int8 in the gradients where these are consumed.
   struct Sums {
     std::vector<Tensor> all;  // bf16; written by rank() where batch.addends is not null
     RankBatch batch;          // of them, where they are ranked

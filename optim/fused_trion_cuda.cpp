@@ -156,7 +156,7 @@ Tensor low_rank_step(Impl& impl, std::span<const FusedMomentum> matrices, const 
   impl.backproject(shape, parameters, u, choice.q, steps, seeds, Impl::step_of(s, how.factor));
   if (!how.measures) return {};
   const auto held = choice.squares.gather(1, choice.indices.to(at::kLong));
-  return at::stack({held.sum(), choice.squares.sum()});
+  return at::stack({held.sum(1), choice.squares.sum(1)}, 1);
 }
 
 }  // namespace
@@ -189,7 +189,7 @@ Tensor FusedSteps::trion(std::vector<FusedMomentum> matrices, const FusedTrion& 
   std::vector<Tensor> measured;
   each_batch(matrices, even_count(static_cast<int64_t>(matrices.size()), most_at_once(low)),
              [&](const auto& batch) { measured.push_back(low_rank_step(*impl_, batch, how, s)); });
-  return how.measures ? at::stack(measured).sum(0) : Tensor();
+  return how.measures ? at::cat(measured) : Tensor();
 }
 
 }  // namespace ounce::optim

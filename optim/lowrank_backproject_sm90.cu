@@ -387,7 +387,9 @@ cudaError_t launch(const Arguments& a, cudaStream_t stream) {
 template <int rank, bool right>
 cudaError_t launch(const Backproject& p, const Arguments& a, cudaStream_t stream) {
   if (p.p == Element::kFp32) return launch<rank, right, Kind::kFp32>(a, stream);
-  if (p.p == Element::kInt8) return launch<rank, right, Kind::kInt8>(a, stream);
+  if constexpr (!right) {
+    if (p.p == Element::kInt8) return launch<rank, right, Kind::kInt8>(a, stream);
+  }
   return p.rounding == Rounding::kStochastic ? launch<rank, right, Kind::kStochastic16>(a, stream)
                                              : launch<rank, right, Kind::kNearest16>(a, stream);
 }
@@ -402,7 +404,9 @@ cudaError_t launch(const Backproject& p, const Arguments& a, cudaStream_t stream
 cudaError_t backproject(const Backproject& p, cudaStream_t stream) {
   using namespace lowrank;
   const auto& shape = p.shape;
-  if (!is_valid(shape) || p.matrices == nullptr) return cudaErrorInvalidValue;
+  if (!is_valid(shape) || p.matrices == nullptr || (p.p == Element::kInt8 && shape.right)) {
+    return cudaErrorInvalidValue;
+  }
   Arguments a{};
   a.matrices = p.matrices;
   a.lr = p.lr;

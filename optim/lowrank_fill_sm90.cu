@@ -9,12 +9,12 @@ cudaError_t fill(const LowRankShape& shape, const ProjectTensors& tensors, Proje
   if (!is_valid(shape) || !is_aligned(t.gradient) || !is_aligned(t.q) || !is_aligned(t.out)) {
     return cudaErrorInvalidValue;
   }
-  const auto fp16 = Element::kBf16;
-  auto error = make_map(&matrix->gradient, fp16, t.gradient, shape.rows, shape.columns, kGroupRows);
+  const auto bf16 = Element::kBf16;
+  auto error = make_map(&matrix->gradient, bf16, t.gradient, shape.rows, shape.columns, kGroupRows);
   if (error != cudaSuccess) return error;
-  error = make_map(&matrix->q, fp16, t.q, shape.rank, shape.n(), padded(shape.rank) / 2);
+  error = make_map(&matrix->q, bf16, t.q, shape.rank, shape.n(), padded(shape.rank) / 2);
   if (error != cudaSuccess) return error;
-  error = make_map(&matrix->out, fp16, t.out, shape.longer(), shape.rank, kRowsAtOnce,
+  error = make_map(&matrix->out, bf16, t.out, shape.longer(), shape.rank, kRowsAtOnce,
                    copies_of(shape.rank).wide);
   matrix->rest = matrix->out;  // every map is one
   matrix->scales = t.scales;
@@ -32,24 +32,24 @@ cudaError_t fill(const LowRankShape& shape, Element p, const BackprojectTensors&
   if (!is_valid(shape) || !is_aligned(t.p) || !is_aligned(t.u) || !is_aligned(t.q)) {
     return cudaErrorInvalidValue;
   }
-  const auto fp16 = Element::kBf16;
+  const auto bf16 = Element::kBf16;
   const bool narrow = p == Element::kInt8;
-  auto error = make_map(&matrix->p, narrow ? fp16 : p, t.p, shape.rows, shape.columns, kWarpRows);
+  auto error = make_map(&matrix->p, narrow ? bf16 : p, t.p, shape.rows, shape.columns, kWarpRows);
   if (error != cudaSuccess) return error;
   matrix->out = matrix->p;  // every map is one
   if (narrow) {
-    if (!is_aligned(t.out) || t.scales == nullptr || shape.columns % 16 != 0) {
+    if (shape.right || !is_aligned(t.out) || t.scales == nullptr || shape.columns % 16 != 0) {
       return cudaErrorInvalidValue;
     }
     error = make_map(&matrix->out, p, t.out, shape.rows, shape.columns, kWarpRows);
     if (error != cudaSuccess) return error;
   }
-  error = make_map(&matrix->u, fp16, t.u, shape.longer(), shape.rank, kFactorRows);
+  error = make_map(&matrix->u, bf16, t.u, shape.longer(), shape.rank, kFactorRows);
   if (error != cudaSuccess) return error;
   matrix->step = t.step;
   matrix->seed = t.seed;
   matrix->scales = t.scales;
-  return make_map(&matrix->q, fp16, t.q, shape.rank, shape.n(), padded(shape.rank) / 2);
+  return make_map(&matrix->q, bf16, t.q, shape.rank, shape.n(), padded(shape.rank) / 2);
 }
 
 }  // namespace ounce::optim

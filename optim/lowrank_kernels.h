@@ -14,6 +14,7 @@
 //   for (i) fill(shape, tensors[i], &host[i]);
 //   cudaMemcpyAsync(device, host.data(), ...);
 //   project({.shape = shape, .matrices = device, ...}, stream);
+//   adam({...}, stream);
 //   backproject({...}, stream);
 //
 // Every launch takes its stream, allocates nothing, waits for nothing and can be captured in a
@@ -85,8 +86,8 @@ struct ProjectedAdamMatrix {
   uint64_t seed = 0;            // of what rounds m and v, as in rounding_streams.h
   // [rank]: where column j was in the previous choice, -1 = it was not. Null: where it is now.
   const int32_t* source = nullptr;
-  // The sums of squares of a's columns: of the chosen ones, [rank], or with `chosen` of all, [n],
-  // and the numbers of the chosen ones. A new column's second moment begins with their mean,
+  // The sums of squares of x's products with the chosen vectors, [rank], or with `chosen` with all
+  // n, and the numbers of the chosen ones. A new column's second moment begins with their mean,
   // weighed as if it had been there with that from the first step on. Null: with 0.
   const float* squares = nullptr;
   const int32_t* chosen = nullptr;
@@ -111,7 +112,7 @@ cudaError_t adam(const ProjectedAdam& adam, cudaStream_t stream);
 // ---- p = keep p - lr factor (u q), with keep = decay - lr weight_decay; p [rows, columns]
 
 // What p becomes goes to p, or with Element::kInt8 p - u q to `out`, as above: p is bf16 then and
-// stays as it is. Columns are a multiple of 16.
+// stays as it is. Columns are a multiple of 16, and rows are projected: of others project() does it.
 struct BackprojectTensors {
   void* p = nullptr;            // [rows, columns]
   const void* u = nullptr;      // [longer, rank] bf16

@@ -25,7 +25,7 @@ struct Memory {
   static constexpr int kRestBytes = kWarpRows * tma::kRowBytes, kWarps = 2 * kGroup / 32;
   static constexpr int kOutBytes = rank > 128 ? rank / 64 * kBoxBytes : kRestBytes;
   static constexpr int kStages = 196608 / kStageBytes;
-  static_assert(kStages % 2 == 0 && kOutBytes >= rank / 64 * kBoxBytes);
+  static_assert(kOutBytes >= rank / 64 * kBoxBytes);
   using Ring = lowrank::Ring<kStages, kStageBytes>;
   static constexpr int kOutAt = kStages * kStageBytes, kBarriersAt = kOutAt + kWarps * kOutBytes;
   static constexpr int kBytes = 1024 + kBarriersAt + Ring::kBarrierBytes;

@@ -14,7 +14,6 @@
 #include <ounce/optim/rounding_streams.h>
 #include <ounce/optim/stochastic_rounding_device.h>
 
-#include <algorithm>
 #include <cstdint>
 
 namespace ounce::optim::lowrank {
@@ -57,12 +56,9 @@ struct Ring {
       ptx::init(empty(i), warps);
     }
   }
-  __device__ void wait_empty(const Place& place) const {
-    ptx::wait(empty(place.stage), place.phase ^ 1);
-  }
   // By the fetching thread: the stage is empty and waits for `bytes`.
   __device__ void claim(const Place& place, uint32_t bytes) const {
-    wait_empty(place);
+    ptx::wait(empty(place.stage), place.phase ^ 1);
     ptx::arrive_and_expect(full(place.stage), bytes);
   }
   __device__ void wait(const Place& place) const { ptx::wait(full(place.stage), place.phase); }
@@ -100,7 +96,7 @@ inline cudaError_t make_map(CUtensorMap* map, Element element, const void* data,
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Rows of boxes: what a warp has of a at once; of p; of u and the gradient as factors.
+// Rows of boxes: what a warp has of a at once; of p; of u as a factor.
 constexpr int kRowsAtOnce = 8, kWarpRows = 16, kFactorRows = 32;
 
 // How a warp's rows [8, rank] of a are copied: in boxes of 64 columns, all at once where they come
@@ -149,27 +145,10 @@ __device__ inline void wait_stores_read() {
 
 // ---- shared memory by address
 
-__device__ inline uint32_t load_u16(uint32_t address) {
-  uint16_t x;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
-  return x;
-}
-__device__ inline uint32_t load_u32(uint32_t address) {
-  uint32_t x;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-  return x;
-}
-__device__ inline float load_float(uint32_t address) { return __uint_as_float(load_u32(address)); }
 __device__ inline float2 load_float2(uint32_t address) {
   float2 x;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
   return x;
-}
-__device__ inline void load_four(uint32_t* x, uint32_t address) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address)
-               : "memory");
 }
 __device__ inline void store_u16(uint32_t address, uint32_t x) {
   ptx::store(address, static_cast<uint16_t>(x));

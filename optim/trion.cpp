@@ -136,6 +136,11 @@ bool projects_columns(int64_t rows, int64_t columns, Side side) {
   return side == Side::kAuto ? rows >= columns : side == Side::kRight;
 }
 
+// sums += part
+void add_measured(Tensor& sums, const Tensor& part) {
+  sums = sums.defined() ? sums + part.to(sums.device()) : part;
+}
+
 double scale_of(int64_t rows, int64_t columns, StepScale scale) {
   const auto r = static_cast<double>(rows), c = static_cast<double>(columns);
   switch (scale) {
@@ -221,7 +226,7 @@ Trion::Trion(const char* name, NamedParameters parameters, const Options& option
 }
 
 void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
-                             const StepControl& control) {
+                             const StepControl& control, Measured& measured) {
   const auto& o = settings_[bucket.group];
   const auto& group = static_cast<const GroupOptions&>(param_groups()[bucket.group].options());
   const auto rows = bucket.rows, columns = bucket.columns, rank = rank_of(rows, columns, o);
@@ -264,7 +269,8 @@ void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
       std::tie(indices, share) = dct_select(b, rank, side, o.norm, o.basis);
       if (o.statistics) {
         const auto all = b.square().sum();
-        parts_.push_back(at::stack({share.to(all.scalar_type()) * all, all}).to(at::kFloat));
+        add_measured(measured[piece.parameter],
+                     at::stack({share.to(all.scalar_type()) * all, all}).to(at::kFloat));
       }
       directions.push_back(dct_project(b, indices, side, o.basis));
       keep(b - back(directions.back(), indices) * (1 - o.momentum));
@@ -283,12 +289,12 @@ void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
 
 void Trion::update(const StepControl& control) {
   const at::NoGradGuard no_grad;
-  parts_.clear();
+  Measured measured;
   // Fused steps read the counts before they advance, composed ones after.
   std::vector<Bucket> composed;
   std::vector<bool> has_composed(slots_.size());
   for (const auto& bucket : buckets_) {
-    composed.push_back(fused_step(bucket, control));
+    composed.push_back(fused_step(bucket, control, measured));
     for (const auto& piece : composed.back().pieces) has_composed[piece.parameter] = true;
   }
   for (size_t g = 0; g < param_groups().size(); ++g) update_group(g, control, has_composed);
@@ -296,20 +302,22 @@ void Trion::update(const StepControl& control) {
     const auto together =
         static_cast<size_t>(std::max<int64_t>(1, kBatch / (bucket.rows * bucket.columns)));
     for (size_t from = 0; from < bucket.pieces.size(); from += together) {
-      orthonormal_step(bucket, from, std::min(from + together, bucket.pieces.size()), control);
+      orthonormal_step(bucket, from, std::min(from + together, bucket.pieces.size()), control,
+                       measured);
     }
   }
-  if (parts_.empty()) return;
-  for (auto& part : parts_) part = part.to(parts_[0].device());
-  const auto measured = at::stack(parts_).sum(0);
-  const bool keeps = control.skip.defined() && measured_.defined();
-  measured_ =
-      keeps ? at::where(control.skip.to(measured.device()).ne(0), measured_, measured) : measured;
+  for (const auto& [index, sums] : measured) {
+    keep_measured(slots_[index].measured, sums, control.skip);
+  }
 }
 
 NamedOptimizer::Statistics Trion::statistics() const {
-  if (!measured_.defined()) return {};
-  const auto held = measured_[0], all = measured_[1];
+  Tensor sums;
+  for (const auto& slot : slots_) {
+    if (slot.measured.defined()) add_measured(sums, slot.measured);
+  }
+  if (!sums.defined()) return {};
+  const auto held = sums[0], all = sums[1];
   return {{"captured_energy", held / all.masked_fill(all == 0, 1)},
           {"residual_norm", (all - held).clamp_min(0).sqrt()}};
 }
@@ -353,7 +361,8 @@ void Trion::update_group(size_t g, const StepControl& control,
 }
 
 // Steps what can be fused; what is left.
-Trion::Bucket Trion::fused_step(const Bucket& bucket, const StepControl& control) {
+Trion::Bucket Trion::fused_step(const Bucket& bucket, const StepControl& control,
+                                Measured& measured) {
   const auto& o = settings_[bucket.group];
   const auto& group = static_cast<const GroupOptions&>(param_groups()[bucket.group].options());
   const auto rank = rank_of(bucket.rows, bucket.columns, o);
@@ -370,7 +379,11 @@ Trion::Bucket Trion::fused_step(const Bucket& bucket, const StepControl& control
   if (rank == std::min(bucket.rows, bucket.columns)) how.rank = 0;
   auto rest = bucket;
   rest.pieces.clear();
-  std::map<at::ScalarType, std::vector<FusedMomentum>> fused;  // by the momentum's type
+  struct Batch {
+    std::vector<FusedMomentum> matrices;
+    std::vector<size_t> parameters;
+  };
+  std::map<at::ScalarType, Batch> fused;  // by the momentum's type
   for (const auto& piece : bucket.pieces) {
     const auto& [name, parameter] = parameters()[piece.parameter];
     auto& slot = slots_[piece.parameter];
@@ -384,15 +397,20 @@ Trion::Bucket Trion::fused_step(const Bucket& bucket, const StepControl& control
                                .step = slot.step,
                                .seed = seed_of(o.seed, piece.stream)};
     if (is_fused(name_, name, parameter, o.implementation, FusedSteps::takes(matrix, how))) {
-      fused[matrix.momentum.scalar_type()].push_back(matrix);
+      auto& [matrices, indices] = fused[matrix.momentum.scalar_type()];
+      matrices.push_back(matrix);
+      indices.push_back(piece.parameter);
     } else {
       rest.pieces.push_back(piece);
     }
   }
-  for (auto& [type, matrices] : fused) {
+  for (auto& [type, batch] : fused) {
+    auto& [matrices, indices] = batch;
     const auto settings = fused_settings(control, group, o, matrices[0].parameter.device());
-    const auto measured = fused_.trion(std::move(matrices), how, settings);
-    if (measured.defined()) parts_.push_back(measured);
+    const auto sums = fused_.trion(std::move(matrices), how, settings);
+    for (size_t i = 0; sums.defined() && i < indices.size(); ++i) {
+      add_measured(measured[indices[i]], sums[static_cast<int64_t>(i)]);
+    }
   }
   return rest;
 }

@@ -8,6 +8,7 @@
 #include <ounce/optim/named_optimizer.h>
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -77,8 +78,9 @@ class Trion : public NamedOptimizer {
       : Trion(named_parameters(parameters), options) {}
 
   void visit_state(StateVisitor& visitor) override;
-  // With `statistics`, of the matrices with a rank together, in the last step that was not skipped:
-  // captured_energy, the share of b^2 that b' holds, and residual_norm, the norm of what it leaves.
+  // With `statistics`, of the matrices with a rank together, each in its last step that was not
+  // skipped: captured_energy, the share of b^2 that b' holds, and residual_norm, the norm of what
+  // it leaves.
   Statistics statistics() const override;
 
   bool orthonormalizes(const at::Tensor& parameter) const;
@@ -94,6 +96,7 @@ class Trion : public NamedOptimizer {
     at::Tensor step;
     at::Tensor momentum;             // undefined where AdamW steps,
     at::Tensor exp_avg, exp_avg_sq;  // which has these
+    at::Tensor measured;             // fp32 [2]: the squares that b' and b hold; or undefined
   };
   // Matrices of equal shape and settings.
   struct Bucket {
@@ -106,11 +109,13 @@ class Trion : public NamedOptimizer {
     int64_t rows, columns;
     std::vector<Piece> pieces;
   };
-  Bucket fused_step(const Bucket& bucket, const StepControl& control);
+  using Measured = std::map<size_t, at::Tensor>;  // of parameters, in this step
+  Bucket fused_step(const Bucket& bucket, const StepControl& control, Measured& measured);
   void update_group(size_t group, const StepControl& control,
                     const std::vector<bool>& has_composed);
   // The composed step of Bucket::pieces[from] up to `to`
-  void orthonormal_step(const Bucket& bucket, size_t from, size_t to, const StepControl& control);
+  void orthonormal_step(const Bucket& bucket, size_t from, size_t to, const StepControl& control,
+                        Measured& measured);
 
   const char* name_;
   double lr_;                           // of no group
@@ -118,8 +123,6 @@ class Trion : public NamedOptimizer {
   std::vector<TrionOptions> settings_;  // as param_groups()
   std::vector<Bucket> buckets_;
   FusedSteps fused_;
-  at::Tensor measured_;            // fp32 [2]: the squares that b' and b hold; or undefined
-  std::vector<at::Tensor> parts_;  // of it, in the step under way
 };
 
 // Trion of full rank with the defaults of Muon.

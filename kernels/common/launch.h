@@ -10,7 +10,8 @@
 
 namespace ounce {
 
-// The kernel calls wait_for_previous(), in every thread that touches global memory, before it does.
+// The kernel calls wait_for_previous(), in every thread that touches global memory, before it reads
+// what the kernel in front may write, and before it writes.
 // `shared`: bytes of dynamic shared memory, which it is allowed here.
 template <class Kernel, class... Arguments>
 cudaError_t launch_early(Kernel kernel, dim3 grid, dim3 block, int64_t shared, cudaStream_t stream,

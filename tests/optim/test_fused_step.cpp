@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <ounce/optim/dct_adamw.h>
 #include <ounce/optim/fused_adamw.h>
+#include <ounce/optim/layerwise.h>
 #include <ounce/optim/trion.h>
 #include <torch/torch.h>
 
@@ -237,11 +238,14 @@ TEST_P(FusedStep, ErrorFeedbackOfEveryKind) {
 TEST_P(FusedStep, ErrorFeedbackLosesNothing) {
   const std::pair<ResidualType, double> types[] = {
       {ResidualType::kFp32, 5e-3}, {ResidualType::kBf16, 1e-2}, {ResidualType::kInt8, 3e-2}};
+  const std::pair<std::vector<int64_t>, int64_t> shapes[] = {
+      {{300, 128}, 32}, {{1026, 1024}, 32}, {{1041, 720}, 128}, {{300, 400}, 256}};
   for (const auto& [residual, bound] : types) {
-    for (const std::vector<int64_t>& shape : {std::vector<int64_t>{300, 128}, {1026, 1024}}) {
+    for (const auto& [shape, rank] : shapes) {
       SCOPED_TRACE(c10::str(static_cast<int>(residual), " ", shape));
-      Pair<DctAdamW, DctAdamWOptions> pair({shape}, at::kBFloat16, device(),
-                                           feeding_back(residual));
+      auto o = feeding_back(residual);
+      o.rank = rank;
+      Pair<DctAdamW, DctAdamWOptions> pair({shape}, at::kBFloat16, device(), o);
       const auto n = shape[1];
       auto sum = torch::zeros(shape, torch::dtype(at::kDouble).device(device()));
       auto applied = sum.clone();
@@ -312,6 +316,8 @@ TEST_P(FusedStep, NanIsNotRoundedAway) {
 TEST_P(FusedStep, RepeatsBitForBit) {
   std::vector<DctAdamWOptions> all(1);
   for (const auto residual : kResidualTypes) all.push_back(feeding_back(residual));
+  all.push_back(feeding_back(ResidualType::kInt8));
+  all.back().update_interval = 2;
   for (auto& o : all) {
     o.rank = 64;
     o.state_dtype = at::kBFloat16;
@@ -329,6 +335,61 @@ TEST_P(FusedStep, RepeatsBitForBit) {
       EXPECT_TRUE(at::equal(results[0][i], results[2][i]));
     }
   }
+}
+
+// Two gradients in one memory, and one in a layout of its own.
+TEST_P(FusedStep, ConsumesNoGradientThatIsShared) {
+  const auto stepped = [&](bool consumes) {
+    torch::manual_seed(1);
+    std::vector<Tensor> p;
+    const auto options = torch::device(device()).dtype(at::kBFloat16);
+    for (int i = 0; i < 3; ++i) p.push_back(torch::randn({256, 128}, options).requires_grad_());
+    DctAdamW optimizer(p, feeding_back(ResidualType::kInt8));
+    const auto shared = torch::randn({256, 128}, options);
+    const auto turned = torch::randn({128, 256}, options).t();
+    const auto before = turned.clone();
+    for (int step = 0; step < 3; ++step) {
+      p[0].mutable_grad() = shared;
+      p[1].mutable_grad() = shared.view({256, 128});
+      p[2].mutable_grad() = turned;
+      optimizer.step({.consume_gradients = consumes});
+    }
+    EXPECT_TRUE(at::equal(turned, before));
+    auto all = state_of(optimizer);
+    for (const auto& x : p) all.push_back(x.detach());
+    return all;
+  };
+  const auto kept = stepped(false), consumed = stepped(true);
+  for (size_t i = 0; i < kept.size(); ++i) EXPECT_TRUE(at::equal(kept[i], consumed[i]));
+}
+
+// A gradient that two parameters get, of which a step inside backward could spoil the second's.
+TEST_P(FusedStep, StepsInsideBackwardAreTheSame) {
+  const auto stepped = [&](bool layerwise) {
+    torch::manual_seed(1);
+    const auto options = torch::device(device()).dtype(at::kBFloat16);
+    const auto p = torch::randn({256, 128}, options).requires_grad_();
+    const auto q = torch::randn({256, 128}, options).requires_grad_();
+    const auto by = torch::randn({1, 256, 128}, options);
+    auto o = feeding_back(ResidualType::kInt8);
+    o.lr = 0.1;
+    DctAdamW optimizer(std::vector<Tensor>{p, q}, o);
+    for (int step = 0; step < 3; ++step) {
+      const auto loss = [&] { return ((p * 1.0 + q.unsqueeze(0)) * by).sum(); };
+      if (layerwise) {
+        LayerwiseStepper stepper(optimizer);
+        loss().backward();
+      } else {
+        optimizer.zero_grad();
+        loss().backward();
+        optimizer.step();
+      }
+    }
+    return std::vector<Tensor>{p.detach(), q.detach()};
+  };
+  // Sums of columns add up otherwise where both go together.
+  const auto after = stepped(false), inside = stepped(true);
+  for (size_t i = 0; i < after.size(); ++i) EXPECT_LE(rms_error(inside[i], after[i]), 1e-2);
 }
 
 TEST_P(FusedStep, TrionAndMuon) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <gtest/gtest.h>
 #include <ounce/core/registry.h>
+#include <ounce/optim/layerwise.h>
 #include <ounce/optim/trion.h>
 #include <torch/torch.h>
 
@@ -268,6 +269,7 @@ TEST_P(TrionOnDevice, StatisticsSayWhatTheColumnsHold) {
     for (const auto& [name, value] : optimizer.statistics()) values.push_back(value.item<double>());
     return values;
   };
+  EXPECT_EQ(step({1, 5, 2, 7}, 1), std::vector<double>({0, 0}));
   // Scaled by 2, what is left out is 2 sqrt(3 (1 + 4)).
   const auto first = step({1, 5, 2, 7}, 0);
   EXPECT_NEAR(first[0], 74. / 79, 1e-6);
@@ -275,6 +277,32 @@ TEST_P(TrionOnDevice, StatisticsSayWhatTheColumnsHold) {
   EXPECT_EQ(step({9, 0, 9, 0}, 1), first);
   // The momentum is all of the first and third, half of the others: 2 {1, 2.5, 2, 3.5}.
   EXPECT_NEAR(step({0, 0, 0, 0}, 0)[0], (2.5 * 2.5 + 3.5 * 3.5) / (1 + 6.25 + 4 + 12.25), 1e-6);
+}
+
+// Of all matrices, also where each steps alone.
+TEST_P(TrionOnDevice, StatisticsAreOfAllMatrices) {
+  TrionOptions o;
+  o.rank = 2;
+  o.statistics = true;
+  const auto measured = [&](bool layerwise) {
+    torch::manual_seed(1);
+    const auto p = parameter({6, 4}), q = parameter({3, 5});
+    Trion optimizer({p, q}, o);
+    const auto loss = [&] { return p.square().sum() * 0.3 + q.square().sum(); };
+    if (layerwise) {
+      LayerwiseStepper stepper(optimizer);
+      loss().backward();
+    } else {
+      loss().backward();
+      optimizer.step();
+    }
+    std::vector<double> values;
+    for (const auto& [name, value] : optimizer.statistics()) values.push_back(value.item<double>());
+    return values;
+  };
+  const auto all = measured(false);
+  EXPECT_GT(all[0], 0.3);
+  EXPECT_EQ(measured(true), all);
 }
 
 TEST_P(TrionOnDevice, SavedStateGoesOnBitForBit) {
