@@ -213,6 +213,14 @@ inline void keep_measured(at::Tensor& kept, const at::Tensor& measured, const at
   kept.copy_(skip.defined() ? at::where(skip.to(kept.device()).ne(0), kept, measured) : measured);
 }
 
+// Of sums of squares: of what the columns hold, and of all.
+inline at::Tensor captured_energy(const at::Tensor& held, const at::Tensor& all) {
+  return held / all.masked_fill(all == 0, 1);
+}
+inline at::Tensor residual_norm(const at::Tensor& held, const at::Tensor& all) {
+  return (all - held).clamp_min(0).sqrt();
+}
+
 // Whether a step is fused: where it can be, unless the composed one is asked for.
 inline bool is_fused(const char* optimizer, const std::string& name, const at::Tensor& parameter,
                      const std::string& implementation, bool takes) {

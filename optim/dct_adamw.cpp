@@ -310,9 +310,9 @@ NamedOptimizer::Statistics DctAdamW::statistics() const {
   }
   if (all.empty()) return {};
   const auto sums = at::stack(all).sum(0), held = sums[0], total = sums[1];
-  return {{"captured_energy", held / total.masked_fill(total == 0, 1)},
+  return {{"captured_energy", captured_energy(held, total)},
           {"index_churn", sums[2] / static_cast<double>(columns)},
-          {"residual_norm", (total - held).clamp_min(0).sqrt()}};
+          {"residual_norm", residual_norm(held, total)}};
 }
 
 bool DctAdamW::takes(const FusedTensor& tensor, const Slot& slot, const DctAdamWOptions& o) {

@@ -22,21 +22,11 @@
 
 using namespace ounce::optim;
 using ounce::driver::allocate;
+using ounce::driver::download;
+using ounce::driver::upload;
 
 namespace {
 
-template <class T>
-T* upload(const std::vector<T>& from) {
-  T* to = allocate<T>(from.size());
-  CHECK(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return to;
-}
-template <class T>
-std::vector<T> download(const T* from, int64_t count) {
-  std::vector<T> to(count);
-  CHECK(cudaMemcpy(to.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost));
-  return to;
-}
 void release(std::initializer_list<const void*> all) {
   for (const void* memory : all) CHECK(cudaFree(const_cast<void*>(memory)));
 }

@@ -5,8 +5,6 @@
 #include <cuda_runtime.h>
 #include <ounce/kernels/common/ptx.h>
 
-#include <algorithm>
-
 #include <ounce/optim/dct_rank_parts.h>
 #include <ounce/optim/dct_rank_read.h>
 #include <ounce/optim/dct_rank_shape.h>

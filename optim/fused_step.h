@@ -2,7 +2,7 @@
 // Steps of many parameters in a few launches, on a GPU that this build knows: AdamW of anything,
 // and AdamW in the subspace of chosen basis vectors (adamw_kernels.h, dct_rank_kernels.h,
 // lowrank_kernels.h). Between those and the optimizers, whose composed steps define what is
-// computed. fused_step_cuda.cpp holds it, fused_step_none.cpp stands in where it is not built.
+// computed. fused_*_cuda.cpp hold it, fused_step_none.cpp stands in where it is not built.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -4,6 +4,14 @@
 
 namespace ounce::optim {
 
+Tensor Choice::measured(const Tensor& scale) const {
+  const auto held = squares.gather(1, indices.to(at::kLong)).sum(1);
+  auto sums = at::stack({held, squares.sum(1)}, 1);
+  if (scale.defined()) sums = sums * scale.square();
+  if (!source.defined()) return sums;
+  return at::cat({sums, source.lt(0).sum(1, /*keepdim=*/true).to(at::kFloat)}, 1);
+}
+
 FusedSteps::FusedSteps() : impl_(std::make_unique<Impl>()) {}
 FusedSteps::~FusedSteps() = default;
 
@@ -308,162 +316,6 @@ Tensor FusedSteps::Impl::project(const LowRankShape& shape, const Tensor& key,
       optim::project({.shape = shape, .matrices = all, .rest = keeps_rest, .skip = floats(skip)},
                      c10::cuda::getCurrentCUDAStream()));
   return a;
-}
-
-namespace {
-
-// Adam on the projections `a` of gradients times `scale`: m, v in place -> u, which may be a.
-void adam_batch(FusedSteps::Impl& impl, const LowRankShape& shape,
-                std::span<const FusedTensor> tensors, const Tensor& a, const Tensor& u,
-                const Tensor& scale, const FusedLowRank& how, const FusedSettings& s,
-                const Choice& choice) {
-  const bool fresh = choice.source.defined() && how.estimate_fresh_columns;
-  std::vector<const void*> pointers;
-  for (const auto& part : {a, u, choice.indices, choice.source, choice.squares}) {
-    pointers.push_back(part.defined() ? part.const_data_ptr() : nullptr);
-  }
-  for (const auto& t : tensors) {
-    pointers.insert(pointers.end(), {t.exp_avg.const_data_ptr(), t.exp_avg_sq.const_data_ptr()});
-  }
-  const auto* matrices =
-      impl.table(tensors[0].parameter, FusedSteps::Impl::Use::kProjectedAdam)
-          .upload<ProjectedAdamMatrix>(pointers, a.device(), [&] {
-            std::vector<ProjectedAdamMatrix> all;
-            for (size_t i = 0; i < tensors.size(); ++i) {
-              const auto& t = tensors[i];
-              all.push_back(
-                  {.a = row(a, i),
-                   .u = row(u, i),
-                   .m = t.exp_avg.data_ptr(),
-                   .v = t.exp_avg_sq.data_ptr(),
-                   .step = floats(t.step),
-                   .seed = t.seed,
-                   .source = static_cast<const int*>(row(choice.source, i)),
-                   .squares = fresh ? static_cast<const float*>(row(choice.squares, i)) : nullptr,
-                   .chosen = fresh ? static_cast<const int*>(row(choice.indices, i)) : nullptr});
-            }
-            return all;
-          });
-  C10_CUDA_CHECK(adam({.count = shape.count,
-                       .rank = shape.rank,
-                       .longer = shape.longer(),
-                       .moments_are_fp32 = tensors[0].exp_avg.scalar_type() == at::kFloat,
-                       .matrices = matrices,
-                       .scale = floats(scale),
-                       .skip = floats(s.skip),
-                       .beta1 = s.beta1,
-                       .beta2 = s.beta2,
-                       .eps = s.eps},
-                      c10::cuda::getCurrentCUDAStream()));
-}
-
-// [count, 3]
-Tensor measure(const Choice& choice, const Tensor& scale) {
-  auto all = choice.squares.sum(1);
-  auto held = choice.squares.gather(1, choice.indices.to(at::kLong)).sum(1);
-  if (scale.defined()) {
-    all = all * scale.square();
-    held = held * scale.square();
-  }
-  return at::stack({held, all, choice.source.lt(0).sum(1).to(at::kFloat)}, 1);
-}
-
-// indices: of the matrices, [count, rank], in place.
-Tensor low_rank_batch(FusedSteps::Impl& impl, std::span<const FusedTensor> tensors,
-                      const Tensor& indices, const FusedLowRank& how, const FusedSettings& s) {
-  const auto& first = tensors[0].parameter;
-  const auto shape = shape_of(first, how.transposed, tensors[0].indices.size(0), tensors.size());
-  const bool feeds_back = tensors[0].residual.defined();
-  std::vector<Tensor> parameters, gradients, steps;
-  std::vector<uint64_t> seeds, residual_seeds;
-  std::vector<FusedMomentum> fed_back;
-  FusedSteps::Impl::Narrow residuals;
-  for (const auto& t : tensors) {
-    parameters.push_back(t.parameter);
-    gradients.push_back(t.gradient);
-    steps.push_back(t.step);
-    seeds.push_back(t.seed);
-    residual_seeds.push_back(t.seed + kResidualSeed);
-    if (!feeds_back) continue;
-    fed_back.push_back({{}, t.gradient, t.residual, t.step, t.seed});
-    residuals.bytes.push_back(t.residual);
-    if (t.residual_scales.defined()) residuals.scales.push_back(t.residual_scales);
-  }
-  // What is projected; it counts that times `scale`.
-  FusedSteps::Impl::Sums x;
-  const auto scale = feeds_back ? Tensor() : s.grad_scale;
-  if (feeds_back) {
-    x = impl.add(shape, fed_back, residuals.scales, how.basis, how.norm, how.chooses,
-                 kResidualSumSeed, s);
-  } else if (how.chooses) {
-    x.batch = impl.batch_of(shape, first, gradients);
-  }
-  Choice choice{.indices = indices};
-  Tensor measured;
-  if (how.chooses) {
-    choice = impl.choose(shape, x.batch, first.device(), how.basis, how.norm, indices,
-                         how.rotate || how.measures, s.skip);
-    if (how.measures) measured = measure(choice, scale);
-    if (!how.rotate) choice.source = Tensor();
-  }
-  impl.gather(shape, how.basis, choice);
-  if (!feeds_back) {
-    for (const auto& gradient : gradients) x.all.push_back(gradient.to(at::kBFloat16));
-  }
-  const bool narrow = !residuals.scales.empty(), kept = narrow && can_keep_rest(shape);
-  const auto a = impl.project(shape, first, x.all, choice, s.skip,
-                              kept ? residuals : FusedSteps::Impl::Narrow());
-  const auto u = feeds_back && !kept ? at::empty_like(a) : a;
-  adam_batch(impl, shape, tensors, a, u, scale, how, s, choice);
-  if (feeds_back && !kept) {
-    impl.backproject(shape, narrow ? x.all : residuals.bytes, a, choice.q, steps, residual_seeds,
-                     {.keep = 1, .skip = s.skip, .rounding = Rounding::kStochastic},
-                     narrow ? residuals : FusedSteps::Impl::Narrow());
-  }
-  impl.backproject(shape, parameters, u, choice.q, steps, seeds, FusedSteps::Impl::step_of(s, 1));
-  return measured;
-}
-
-}  // namespace
-
-Tensor FusedSteps::low_rank(std::vector<FusedTensor> tensors, const FusedLowRank& how,
-                            const FusedSettings& given) {
-  if (tensors.empty()) return {};
-  const c10::cuda::CUDAGuard guard(tensors[0].parameter.device());
-  // A gradient may share its memory with others, or with what backward still needs.
-  auto s = given;
-  for (auto& t : tensors) {
-    t.gradient = read_by_boxes(t.gradient);
-    s.consume_gradients = s.consume_gradients && t.gradient.scalar_type() == at::kBFloat16 &&
-                          t.gradient.storage().use_count() == 1;
-  }
-  const auto& first = tensors[0];
-  const auto rank = first.indices.size(0);
-  const auto shape = shape_of(first.parameter, how.transposed, rank, tensors.size());
-  const auto& e = first.residual;
-  const bool narrow = first.residual_scales.defined();
-  const bool copies = e.defined()
-                          ? e.scalar_type() != at::kBFloat16 && !(narrow && s.consume_gradients)
-                          : first.gradient.scalar_type() == at::kFloat;
-  const auto of_u = e.defined() && !(narrow && can_keep_rest(shape)) ? shape.longer() : 0;
-  const auto low = shape.rows + shape.columns + of_u;
-  std::vector<Tensor> indices, steps, measured;
-  for (const auto& t : tensors) {
-    indices.push_back(t.indices);
-    steps.push_back(t.step);
-  }
-  const auto chosen = at::cat(indices).view({-1, rank});
-  int64_t done = 0;
-  const auto most = most_at_once(2 * (low * rank + (copies ? shape.rows * shape.columns : 0)));
-  const auto at_once = even_count(static_cast<int64_t>(tensors.size()), most);
-  each_batch(tensors, at_once, [&](const auto& batch) {
-    const auto count = static_cast<int64_t>(batch.size());
-    measured.push_back(low_rank_batch(*impl_, batch, chosen.narrow(0, done, count), how, s));
-    done += count;
-  });
-  if (how.chooses) at::_foreach_copy_(indices, chosen.unbind(0));
-  impl_->count(steps, s.skip);
-  return measured[0].defined() ? at::cat(measured) : Tensor();
 }
 
 }  // namespace ounce::optim

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the fused steps share; included by fused_step_cuda.cpp and fused_trion_cuda.cpp alone.
+// What the fused steps share; included by fused_*_cuda.cpp alone.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -122,6 +122,10 @@ struct Choice {
   Tensor indices, source;  // [count, rank]; the second undefined where columns stay
   Tensor squares;          // [count, n], where columns were chosen now
   Tensor q;                // [count, rank, n] bf16
+
+  // fp32: the squares, times `scale` squared, that the columns hold, and all of them, [count, 2];
+  // with `source` also how many columns are new, [count, 3].
+  Tensor measured(const Tensor& scale = {}) const;
 };
 
 // Of matrices like `first`.

@@ -154,9 +154,7 @@ Tensor low_rank_step(Impl& impl, std::span<const FusedMomentum> matrices, const 
                     .rounding = Rounding::kStochastic});
   const auto u = newton_schulz(std::move(b), how.ns_steps, how.iteration);
   impl.backproject(shape, parameters, u, choice.q, steps, seeds, Impl::step_of(s, how.factor));
-  if (!how.measures) return {};
-  const auto held = choice.squares.gather(1, choice.indices.to(at::kLong));
-  return at::stack({held.sum(1), choice.squares.sum(1)}, 1);
+  return how.measures ? choice.measured() : Tensor();
 }
 
 }  // namespace

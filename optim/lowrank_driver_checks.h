@@ -20,6 +20,8 @@ namespace ounce::optim {
 namespace {
 
 using ounce::driver::allocate;
+using ounce::driver::download;
+using ounce::driver::upload;
 
 using bf16 = __nv_bfloat16;
 bool failed = false;
@@ -48,8 +50,7 @@ struct Batch {
       : size(size_), stride((size_ + 7) / 8 * 8 + kGap), count(count_) {
     host.resize(stride * count + kGap);
     for (size_t i = 0; i < host.size(); ++i) host[i] = T(value(static_cast<int64_t>(i)));
-    device = allocate<T>(static_cast<int64_t>(host.size()));
-    push();
+    device = upload(host);
   }
   ~Batch() { cudaFree(device); }
   Batch(const Batch&) = delete;
@@ -59,11 +60,7 @@ struct Batch {
   T* at(int i) { return device + kGap + i * stride; }
   const T* of(int i) const { return host.data() + kGap + i * stride; }
   bool in_gap(int64_t i) const { return i < kGap || (i - kGap) % stride >= size; }
-  std::vector<T> pull() const {
-    std::vector<T> got(host.size());
-    CHECK(cudaMemcpy(got.data(), device, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
-    return got;
-  }
+  std::vector<T> pull() const { return download(device, static_cast<int64_t>(host.size())); }
   // Compared with `expected` inside and with what was there in the gaps: the relative error.
   void compare(const char* what, const std::vector<double>& expected, double limit) const {
     const auto got = pull();
@@ -93,13 +90,6 @@ struct Batch {
     failed |= !good;
   }
 };
-
-template <class T>
-T* upload(const std::vector<T>& host) {
-  auto* to = allocate<T>(static_cast<int64_t>(host.size()));
-  CHECK(cudaMemcpy(to, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return to;
-}
 
 // Through a graph, as every launch can be captured in one.
 void run_captured(const std::function<cudaError_t(cudaStream_t)>& f) {
@@ -158,11 +148,7 @@ struct Bytes {
   ~Bytes() { cudaFree(device); }
   Bytes(const Bytes&) = delete;
   int8_t* at(int i) { return device + i * stride; }
-  std::vector<int8_t> pull() const {
-    std::vector<int8_t> bytes(stride * shape.count);
-    CHECK(cudaMemcpy(bytes.data(), device, bytes.size(), cudaMemcpyDeviceToHost));
-    return bytes;
-  }
+  std::vector<int8_t> pull() const { return download(device, stride * shape.count); }
   void untouched() const {
     scales.same("scales");
     const auto bytes = pull();
@@ -348,8 +334,7 @@ void check_backproject(const LowRankShape& s, Rounding rounding, bool with_lr, b
   constexpr bool wide = std::is_same_v<P, float>;
   Batch<P> p(s.count, s.rows * s.columns, [](int64_t i) { return noise(i, 1); });
   Batch<bf16> u(s.count, longer * r, [](int64_t i) { return noise(i, 2); });
-  Batch<bf16> q(s.count, r * n,
-                [&](int64_t i) { return noise(i, 3) / std::sqrt(static_cast<float>(n)); });
+  auto q = vectors_of(s);
   if (poisoned) {  // infinities and NaN stay what they are
     p.host[64 + 3] = P(INFINITY);
     p.host[64 + 4] = P(-INFINITY);

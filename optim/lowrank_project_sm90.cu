@@ -15,13 +15,13 @@ namespace lowrank {
 namespace {
 
 constexpr int kDepth = 64;  // inner indices of a stage
+constexpr int kBoxBytes = kRowsAtOnce * tma::kRowBytes;
 
 // Shared memory and its layout.
 template <int rank>
 struct Memory {
   static constexpr int kLeftBytes = kBlockRows * kDepth * 2, kStageBytes = kLeftBytes + rank * 128;
   // Of a warp, side by side: its rows of a that leave together.
-  static constexpr int kBoxBytes = kRowsAtOnce * tma::kRowBytes;
   static constexpr int kRestBytes = kWarpRows * tma::kRowBytes, kWarps = 2 * kGroup / 32;
   static constexpr int kOutBytes = rank > 128 ? rank / 64 * kBoxBytes : kRestBytes;
   static constexpr int kStages = 196608 / kStageBytes;
@@ -117,7 +117,6 @@ __device__ void multiply_tile(float (&d)[size], const M& memory, typename M::Rin
 template <int size>
 __device__ void send(const Arguments& a, const CUtensorMap* map, const float (&d)[size],
                      uint32_t out, int row, int lane) {
-  constexpr int kBoxBytes = kRowsAtOnce * tma::kRowBytes;
   const uint32_t line = lane / 4 * tma::kRowBytes + lane % 4 * 4, swizzle = lane / 4 * 16;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {

@@ -318,8 +318,8 @@ NamedOptimizer::Statistics Trion::statistics() const {
   }
   if (!sums.defined()) return {};
   const auto held = sums[0], all = sums[1];
-  return {{"captured_energy", held / all.masked_fill(all == 0, 1)},
-          {"residual_norm", (all - held).clamp_min(0).sqrt()}};
+  return {{"captured_energy", captured_energy(held, all)},
+          {"residual_norm", residual_norm(held, all)}};
 }
 
 // The counts of what is orthonormalised, and AdamW.

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <vector>
 
 // Of the runtime or of cuBLAS: ends the program where it is no success.
 #define CHECK(call)                                                                              \
@@ -26,6 +27,18 @@ T* allocate(int64_t count) {
   void* memory = nullptr;
   CHECK(cudaMalloc(&memory, std::max<int64_t>(count, 1) * sizeof(T)));
   return static_cast<T*>(memory);
+}
+template <class T>
+T* upload(const std::vector<T>& from) {
+  T* to = allocate<T>(static_cast<int64_t>(from.size()));
+  CHECK(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return to;
+}
+template <class T>
+std::vector<T> download(const T* from, int64_t count) {
+  std::vector<T> to(count);
+  CHECK(cudaMemcpy(to.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost));
+  return to;
 }
 
 }  // namespace ounce::driver
