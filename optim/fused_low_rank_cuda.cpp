@@ -51,13 +51,13 @@ void adam_batch(Impl& impl, const LowRankShape& shape, std::span<const FusedTens
                       c10::cuda::getCurrentCUDAStream()));
 }
 
-// indices: of the matrices, [count, rank], in place.
-Tensor low_rank_batch(Impl& impl, std::span<const FusedTensor> tensors, const Tensor& indices,
-                      const FusedLowRank& how, const FusedSettings& s) {
+// What it measured, or undefined.
+Tensor low_rank_batch(Impl& impl, std::span<const FusedTensor> tensors, const FusedLowRank& how,
+                      const FusedSettings& s) {
   const auto& first = tensors[0].parameter;
   const auto shape = shape_of(first, how.transposed, tensors[0].indices.size(0), tensors.size());
   const bool feeds_back = tensors[0].residual.defined();
-  std::vector<Tensor> parameters, gradients, steps;
+  std::vector<Tensor> parameters, gradients, steps, indices;
   std::vector<uint64_t> seeds, residual_seeds;
   std::vector<FusedMomentum> fed_back;
   Impl::Narrow residuals;
@@ -65,6 +65,7 @@ Tensor low_rank_batch(Impl& impl, std::span<const FusedTensor> tensors, const Te
     parameters.push_back(t.parameter);
     gradients.push_back(t.gradient);
     steps.push_back(t.step);
+    indices.push_back(t.indices);
     seeds.push_back(t.seed);
     residual_seeds.push_back(t.seed + kResidualSeed);
     if (!feeds_back) continue;
@@ -81,13 +82,15 @@ Tensor low_rank_batch(Impl& impl, std::span<const FusedTensor> tensors, const Te
   } else if (how.chooses) {
     x.batch = impl.batch_of(shape, first, gradients);
   }
-  Choice choice{.indices = indices};
+  Choice choice;
   Tensor measured;
   if (how.chooses) {
     choice = impl.choose(shape, x.batch, first.device(), how.basis, how.norm, indices,
                          how.rotate || how.measures, s.skip);
     if (how.measures) measured = choice.measured(scale);
     if (!how.rotate) choice.source = Tensor();
+  } else {
+    choice.indices = at::stack(indices);
   }
   impl.gather(shape, how.basis, choice);
   if (!feeds_back) {
@@ -130,21 +133,12 @@ Tensor FusedSteps::low_rank(std::vector<FusedTensor> tensors, const FusedLowRank
                           : first.gradient.scalar_type() == at::kFloat;
   const auto of_u = e.defined() && !(narrow && can_keep_rest(shape)) ? shape.longer() : 0;
   const auto low = shape.rows + shape.columns + of_u;
-  std::vector<Tensor> indices, steps, measured;
-  for (const auto& t : tensors) {
-    indices.push_back(t.indices);
-    steps.push_back(t.step);
-  }
-  const auto chosen = at::cat(indices).view({-1, rank});
-  int64_t done = 0;
   const auto most = most_at_once(2 * (low * rank + (copies ? shape.rows * shape.columns : 0)));
   const auto at_once = even_count(static_cast<int64_t>(tensors.size()), most);
-  each_batch(tensors, at_once, [&](const auto& batch) {
-    const auto count = static_cast<int64_t>(batch.size());
-    measured.push_back(low_rank_batch(*impl_, batch, chosen.narrow(0, done, count), how, s));
-    done += count;
-  });
-  if (how.chooses) at::_foreach_copy_(indices, chosen.unbind(0));
+  std::vector<Tensor> steps, measured;
+  for (const auto& t : tensors) steps.push_back(t.step);
+  each_batch(tensors, at_once,
+             [&](const auto& batch) { measured.push_back(low_rank_batch(*impl_, batch, how, s)); });
   impl_->count(steps, s.skip);
   return measured[0].defined() ? at::cat(measured) : Tensor();
 }

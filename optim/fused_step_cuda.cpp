@@ -205,7 +205,8 @@ FusedSteps::Impl::Sums FusedSteps::Impl::add(const LowRankShape& shape,
 
 Choice FusedSteps::Impl::choose(const LowRankShape& shape, const RankBatch& batch,
                                 const at::Device& device, Basis basis, int64_t norm,
-                                const Tensor& previous, bool rotates, const Tensor& skip) {
+                                const std::vector<Tensor>& previous, bool rotates,
+                                const Tensor& skip) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto processors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
   const auto fp32 = at::TensorOptions(at::kFloat).device(device);
@@ -220,18 +221,20 @@ Choice FusedSteps::Impl::choose(const LowRankShape& shape, const RankBatch& batc
                               .scratch = scratch.data_ptr()},
                              processors, stream));
   const auto chosen = [&] { return at::empty({shape.count, shape.rank}, fp32.dtype(at::kInt)); };
-  choice.indices = previous.defined() ? previous : chosen();
+  const bool follows = !previous.empty();
+  choice.indices = follows ? at::stack(previous) : chosen();
   if (rotates) choice.source = chosen();
   C10_CUDA_CHECK(select({.count = shape.count,
                          .n = static_cast<int>(shape.n()),
                          .rank = shape.rank,
                          .keys = floats(norm == 1 ? absolutes : choice.squares),
                          .squares = floats(choice.squares),
-                         .previous = previous.defined() ? previous.const_data_ptr<int>() : nullptr,
-                         .skip = previous.defined() ? floats(skip) : nullptr,
+                         .previous = follows ? choice.indices.const_data_ptr<int>() : nullptr,
+                         .skip = follows ? floats(skip) : nullptr,
                          .indices = choice.indices.data_ptr<int>(),
                          .source = rotates ? choice.source.data_ptr<int>() : nullptr},
                         stream));
+  if (follows) at::_foreach_copy_(previous, choice.indices.unbind(0));
   return choice;
 }
 

@@ -182,10 +182,10 @@ struct FusedSteps::Impl {
   Sums add(const LowRankShape& shape, std::span<const FusedMomentum> matrices,
            const std::vector<Tensor>& scales, Basis basis, int64_t norm, bool ranked, uint64_t seed,
            const FusedSettings& s);
-  // The largest columns. previous: [count, rank], or undefined; with it and `rotates` the source
-  // too.
+  // The largest columns. previous: each matrix's, which these take the place of, or none; with
+  // `rotates` also the source.
   Choice choose(const LowRankShape& shape, const RankBatch& batch, const at::Device& device,
-                Basis basis, int64_t norm, const Tensor& previous, bool rotates,
+                Basis basis, int64_t norm, const std::vector<Tensor>& previous, bool rotates,
                 const Tensor& skip);
   // indices -> q
   void gather(const LowRankShape& shape, Basis basis, Choice& choice);

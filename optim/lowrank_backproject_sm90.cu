@@ -332,18 +332,21 @@ __device__ void multiply(const Arguments& a, const M& memory, int cluster, uint3
     end(even);
     if constexpr (kind == Kind::kInt8) {
       float next[32], largest[2] = {};
-      for (int pair = 0; pair < a.steps / 2; ++pair) {
+      const int last = a.steps / 2 - 1;
+      for (int pair = 0; pair < last; ++pair) {
         begin(odd);
         tiles.subtract(even, largest);
         end(odd);
-        const bool more = pair + 1 < a.steps / 2;
-        if (more) begin(next);
+        begin(next);
         tiles.narrow(even, odd, largest, matrix, a, row, pair);
-        if (!more) break;
         end(next);
 #pragma unroll
         for (int i = 0; i < 32; ++i) even[i] = next[i];
       }
+      begin(odd);
+      tiles.subtract(even, largest);
+      end(odd);
+      tiles.narrow(even, odd, largest, matrix, a, row, last);
       continue;
     }
     int step = 1;

@@ -155,25 +155,12 @@ __device__ void keep_rest(const Arguments& a, const ProjectMatrix& matrix, const
   };
   float first[32], second[32], next[32], largest[2] = {}, inverse[2];
   const auto end = [&](float(&x)[32], int stage) {
-    wgmma::arrived(x);
     subtract(x, largest,
              memory.left(stage) + (group * kGroupRows + warp * kWarpRows) * tma::kRowBytes, lane);
     __syncwarp();
     memory.ring.release(stage, block);
   };
-  // A step's products run under the arithmetic of the step before.
-  int stage = begin(first);
-  for (int pair = a.steps / 2 - 1;; --pair) {
-    const int second_stage = begin(second);
-    wgmma::wait<1>();
-    end(first, stage);
-    if (pair > 0) {
-      stage = begin(next);
-      wgmma::wait<1>();
-    } else {
-      wgmma::wait<0>();
-    }
-    end(second, second_stage);
+  const auto keep = [&](int pair) {
     scale_rows(largest, inverse, {matrix.scales, a.rows, a.steps / 2}, row, pair, lane);
     if (lane == 0) wait_stores_read<0>();
     __syncwarp();
@@ -184,12 +171,30 @@ __device__ void keep_rest(const Arguments& a, const ProjectMatrix& matrix, const
       store(&matrix.rest, out, pair * static_cast<int>(kInt8Block), row);
       tma::commit_stores();
     }
-    if (pair == 0) return;
+  };
+  // A step's products run under the arithmetic of the step before.
+  int stage = begin(first);
+  wgmma::wait<0>();
+  wgmma::arrived(first);
+  for (int pair = a.steps / 2 - 1; pair > 0; --pair) {
+    const int second_stage = begin(second);
+    end(first, stage);
+    wgmma::wait<0>();
+    wgmma::arrived(second);
+    stage = begin(next);
+    end(second, second_stage);
+    keep(pair);
     wgmma::wait<0>();
     wgmma::arrived(next);
 #pragma unroll
     for (int i = 0; i < 32; ++i) first[i] = next[i];
   }
+  const int second_stage = begin(second);
+  end(first, stage);
+  wgmma::wait<0>();
+  wgmma::arrived(second);
+  end(second, second_stage);
+  keep(0);
 }
 
 template <bool right, bool rest, int rank, class M>
