@@ -27,8 +27,8 @@ class LayerwiseStepper {
   LayerwiseStepper(const LayerwiseStepper&) = delete;
   LayerwiseStepper& operator=(const LayerwiseStepper&) = delete;
 
-  // Of the steps from now on; they consume gradients. With `skip` undefined, a parameter whose gradient has an element
-  // that is not finite skips its step, alone.
+  // Of the steps from now on; they consume gradients. With `skip` undefined, a parameter whose
+  // gradient has an element that is not finite skips its step, alone.
   void set_control(StepControl control);
   // From now on backward() adds to the next step, or is one. What has been added is no part of a
   // checkpoint.

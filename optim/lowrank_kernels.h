@@ -112,7 +112,8 @@ cudaError_t adam(const ProjectedAdam& adam, cudaStream_t stream);
 // ---- p = keep p - lr factor (u q), with keep = decay - lr weight_decay; p [rows, columns]
 
 // What p becomes goes to p, or with Element::kInt8 p - u q to `out`, as above: p is bf16 then and
-// stays as it is. Columns are a multiple of 16, and rows are projected: of others project() does it.
+// stays as it is. Columns are a multiple of 16, and rows are projected: of others project() does
+// it.
 struct BackprojectTensors {
   void* p = nullptr;            // [rows, columns]
   const void* u = nullptr;      // [longer, rank] bf16

@@ -10,12 +10,14 @@
 #include <memory>
 
 #include "support/devices.h"
+#include "support/residuals.h"
 #include "support/rms_error.h"
 #include "support/state_tensors.h"
 
 namespace ounce::optim {
 
 using at::Tensor;
+using ounce::test::residuals_of;
 using ounce::test::rms_error;
 using Shapes = std::vector<std::vector<int64_t>>;
 

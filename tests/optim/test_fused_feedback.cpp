@@ -6,13 +6,10 @@
 #include <torch/torch.h>
 
 #include "optim/fused_step_case.h"
-#include "support/residuals.h"
 
 namespace ounce::optim {
 
 namespace {
-
-using ounce::test::residuals_of;
 
 class FusedFeedback : public FusedStepCase {};
 OUNCE_ON_GPU(FusedFeedback);

@@ -8,13 +8,10 @@
 
 #include "optim/fused_step_case.h"
 #include "support/expect_error.h"
-#include "support/residuals.h"
 
 namespace ounce::optim {
 
 namespace {
-
-using ounce::test::residuals_of;
 
 class FusedStep : public FusedStepCase {};
 OUNCE_ON_GPU(FusedStep);
