@@ -173,13 +173,17 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
   for (const auto& group : param_groups()) {
     settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
     const auto& o = settings_.back();
+    std::map<std::vector<int64_t>, std::vector<size_t>>
+        shapes;  // of what is projected, {} = others
     for (const auto& parameter : group.params()) {
-      auto& slot = slots_[index_of(parameter)];
+      const auto index = index_of(parameter);
+      auto& slot = slots_[index];
       slot.group = settings_.size() - 1;
       const auto fresh = parameter.options().requires_grad(false).dtype(
           state_type("dct_adamw", name_of(parameter), parameter, o.state_dtype));
       const auto projection = projection_of("dct_adamw", name_of(parameter), parameter, o);
       make_moments(slot, moment_sizes(parameter, projection), fresh);
+      shapes[projection ? parameter.sizes().vec() : std::vector<int64_t>()].push_back(index);
       if (!projection) continue;
       check_basis("dct_adamw", name_of(parameter), parameter, o.basis, projection->n);
       slot.transposed = projection->transposed;
@@ -198,10 +202,18 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
       }
       if (o.residual == Residual::kFira) slot.residual_norm = at::zeros({}, exact);
     }
+    auto& lists = lists_.emplace_back();
+    for (auto& [sizes, list] : shapes) lists.push_back(std::move(list));
+    std::stable_sort(lists.begin(), lists.end(),
+                     [](const auto& a, const auto& b) { return a.size() < b.size(); });
   }
 }
 
-// What the parameters of a fused step share.
+struct DctAdamW::Batch {
+  std::vector<FusedTensor> tensors;
+  std::vector<Slot*> slots;
+};
+// What its parameters share.
 struct DctAdamW::Alike {
   FusedKind kind;
   bool projected;
@@ -211,53 +223,58 @@ struct DctAdamW::Alike {
   auto operator<=>(const Alike&) const = default;
 };
 
+std::map<DctAdamW::Alike, DctAdamW::Batch> DctAdamW::fused_of(const std::vector<size_t>& list,
+                                                              size_t group_index,
+                                                              const StepControl& control) {
+  const auto& o = settings_[group_index];
+  const auto& group = static_cast<const GroupOptions&>(param_groups()[group_index].options());
+  std::map<Alike, Batch> fused;
+  for (const auto index : list) {
+    const auto& [name, parameter] = parameters()[index];
+    auto& slot = slots_[index];
+    if (!has_gradient("dct_adamw", name, parameter, slot.exp_avg)) continue;
+    auto tensor = fused_tensor(parameter, slot, o, index);
+    tensor.indices = slot.indices;
+    tensor.residual = slot.residual;
+    tensor.residual_scales = slot.residual_scales;
+    if (!is_fused("dct_adamw", name, parameter, o.implementation,
+                  !slot.pending.defined() && takes(tensor, slot, o))) {
+      const auto exact = step_type("dct_adamw", name, parameter);
+      Step{{control, group, parameter, exact}, o}(parameter, slot, index);
+      continue;
+    }
+    Alike alike{.kind = kind_of(tensor)};
+    if (slot.indices.defined()) {
+      alike = {alike.kind,
+               true,
+               parameter.size(0),
+               parameter.numel() / parameter.size(0),
+               slot.indices.size(0),
+               slot.transposed,
+               slot.gradients++ % o.update_interval == 0};
+    }
+    auto& batch = fused[alike];
+    batch.tensors.push_back(std::move(tensor));
+    batch.slots.push_back(&slot);
+  }
+  return fused;
+}
+
 void DctAdamW::update(const StepControl& control) {
   const at::NoGradGuard no_grad;
   for (size_t g = 0; g < param_groups().size(); ++g) {
     const auto& o = settings_[g];
     const auto& group = static_cast<const GroupOptions&>(param_groups()[g].options());
-    std::map<Alike, std::pair<std::vector<FusedTensor>, std::vector<Slot*>>> fused;
-    for (const auto& parameter : param_groups()[g].params()) {
-      const auto index = index_of(parameter);
-      auto& slot = slots_[index];
-      const auto& name = parameters()[index].first;
-      if (!has_gradient("dct_adamw", name, parameter, slot.exp_avg)) continue;
-      auto tensor = fused_tensor(parameter, slot, o, index);
-      tensor.indices = slot.indices;
-      tensor.residual = slot.residual;
-      tensor.residual_scales = slot.residual_scales;
-      if (is_fused("dct_adamw", name, parameter, o.implementation,
-                   !slot.pending.defined() && takes(tensor, slot, o))) {
-        Alike alike{.kind = kind_of(tensor)};
-        if (slot.indices.defined()) {
-          alike = {alike.kind,
-                   true,
-                   parameter.size(0),
-                   parameter.numel() / parameter.size(0),
-                   slot.indices.size(0),
-                   slot.transposed,
-                   slot.gradients++ % o.update_interval == 0};
-        }
-        auto& [tensors, slots] = fused[alike];
-        tensors.push_back(std::move(tensor));
-        slots.push_back(&slot);
-        continue;
-      }
-      Step{{control, group, parameter, step_type("dct_adamw", name, parameter)}, o}(parameter, slot,
-                                                                                    index);
-    }
     FusedSettings settings;
-    for (auto& [alike, batch] : fused) {
-      auto& [tensors, slots] = batch;
-      const auto device = tensors[0].parameter.device();
+    std::vector<Tensor> steps;
+    const auto step = [&](const Alike& alike, Batch& batch) {
+      const auto device = batch.tensors[0].parameter.device();
       if (!settings.lr.defined() || settings.lr.device() != device) {
+        fused_.count(std::exchange(steps, {}), settings);
         settings = fused_settings(control, group, o, device);
       }
-      if (!alike.projected) {
-        fused_.adamw(tensors, settings);
-        continue;
-      }
-      const auto measured = fused_.low_rank(std::move(tensors),
+      if (!alike.projected) return fused_.adamw(batch.tensors, settings);
+      const auto measured = fused_.low_rank(std::move(batch.tensors),
                                             {.basis = o.basis,
                                              .norm = o.norm,
                                              .transposed = alike.transposed,
@@ -266,10 +283,17 @@ void DctAdamW::update(const StepControl& control) {
                                              .estimate_fresh_columns = o.estimate_fresh_columns,
                                              .measures = o.statistics},
                                             settings);
-      for (size_t i = 0; measured.defined() && i < slots.size(); ++i) {
-        keep_measured(slots[i]->measured, measured[static_cast<int64_t>(i)], settings.skip);
+      for (size_t i = 0; i < batch.slots.size(); ++i) {
+        auto& slot = *batch.slots[i];
+        steps.push_back(slot.step);
+        if (!measured.defined()) continue;
+        keep_measured(slot.measured, measured[static_cast<int64_t>(i)], settings.skip);
       }
+    };
+    for (const auto& list : lists_[g]) {
+      for (auto& [alike, batch] : fused_of(list, g, control)) step(alike, batch);
     }
+    fused_.count(steps, settings);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <ounce/optim/named_optimizer.h>
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -126,11 +127,18 @@ class DctAdamW : public NamedOptimizer {
   };
   struct Step;  // what one composed step does to one parameter
   struct Alike;
+  struct Batch;
+  // Those of `list` that take a fused step; the others step.
+  std::map<Alike, Batch> fused_of(const std::vector<size_t>& list, size_t group_index,
+                                  const StepControl& control);
   static bool takes(const FusedTensor& tensor, const Slot& slot, const DctAdamWOptions& options);
   static Columns next_columns(Slot& slot, const at::Tensor& g, const DctAdamWOptions& options);
 
   std::vector<Slot> slots_;                // as parameters()
   std::vector<DctAdamWOptions> settings_;  // as param_groups()
+  // Of each group: what is projected by its shape, and the others. The shortest list first, so that
+  // a GPU has work while the host prepares the longer ones.
+  std::vector<std::vector<std::vector<size_t>>> lists_;
   FusedSteps fused_;
 };
 

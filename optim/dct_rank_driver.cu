@@ -251,6 +251,13 @@ void check_rank(const Case& c) {
   release({batch.gradient, entries, scalars, out.squares, out.absolutes, scratch});
 }
 
+// Of a matrix's rows.
+std::vector<int*> pointers_to(int* rows, int count, int width) {
+  std::vector<int*> all;
+  for (int i = 0; i < count; ++i) all.push_back(rows + int64_t{i} * width);
+  return all;
+}
+
 void check_select(int count, int n, int rank, int levels, bool skip, bool nan) {
   std::mt19937 random(n + rank);
   std::vector<float> keys(int64_t{count} * n);
@@ -269,14 +276,16 @@ void check_select(int count, int n, int rank, int levels, bool skip, bool nan) {
   const int64_t places = int64_t{count} * rank;
   Selection s = {count, n, rank};
   s.keys = s.squares = upload(keys);
-  s.indices = upload(previous);
-  s.previous = s.indices;
+  s.indices = allocate<int>(places);
+  int* const lists = upload(previous);
+  s.lists = upload(pointers_to(lists, count, rank));
   s.skip = upload(std::vector<float>{skip ? 1.f : 0.f});
   s.source = upload(std::vector<int>(places, -7));
   s.energy = upload(std::vector<float>(count, -1));
   CHECK(select(s, nullptr));
   CHECK(cudaDeviceSynchronize());
   const auto indices = download(s.indices, places), source = download(s.source, places);
+  expect(download(lists, places) == indices, "lists", 0);
   const auto energy = download(s.energy, count);
   bool same = true, right_energy = true;
   for (int m = 0; m < count; ++m) {
@@ -304,7 +313,7 @@ void check_select(int count, int n, int rank, int levels, bool skip, bool nan) {
               skip ? " skipped" : "", nan ? " with a NaN" : "");
   expect(same, "indices and sources", 0);
   expect(right_energy, "energy", energy[0]);
-  release({s.keys, s.indices, s.skip, s.source, s.energy});
+  release({s.keys, s.indices, lists, s.lists, s.skip, s.source, s.energy});
 }
 
 void check_gather(int64_t rows, int64_t n) {
@@ -566,7 +575,8 @@ void time_all() {
   std::vector<float> keys(96 * 2048);
   for (size_t i = 0; i < keys.size(); ++i) keys[i] = static_cast<float>(i * 7919 % 10007);
   s.keys = s.squares = upload(keys);
-  s.previous = s.indices = upload(std::vector<int>(96 * 256));
+  s.indices = allocate<int>(96 * 256);
+  s.lists = upload(pointers_to(upload(std::vector<int>(96 * 256)), 96, 256));
   s.source = allocate<int>(96 * 256);
   s.energy = allocate<float>(96);
   std::printf("  select 96 x 256 of 2048: %.1f us\n",

@@ -73,13 +73,13 @@ struct Selection {
   int count = 0, n = 0, rank = 0;
   const float* keys = nullptr;     // squares or absolutes
   const float* squares = nullptr;  // [count, n]
-  const int* previous = nullptr;   // [count, rank] ascending, or null; may be `indices`
+  int* const* lists = nullptr;     // null, or each matrix's previous [rank] ascending, overwritten
   const float* skip = nullptr;     // a scalar, or null: 0
   int* indices = nullptr;          // [count, rank] ascending
-  int* source = nullptr;    // [count, rank] or null: where `previous` holds the same index, or -1
+  int* source = nullptr;           // [count, rank] or null: where the same index was, or -1
   float* energy = nullptr;  // [count] or null: the chosen share of the sum of squares; 0 of a sum 0
 };
-// Where *skip is not 0: indices = previous (as they are, if that is null), source = 0 .. rank - 1,
+// Where *skip is not 0: indices = the previous (as they are without), source = 0 .. rank - 1,
 // energy as it is.
 cudaError_t select(const Selection& selection, cudaStream_t stream);
 

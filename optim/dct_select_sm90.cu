@@ -32,9 +32,7 @@ __device__ int sum_before(int value, int* warps) {
   __syncthreads();
   if (lane == 31) warps[warp] = sum;
   __syncthreads();
-  int before = 0;
-  for (int w = 0; w < warp; ++w) before += warps[w];
-  return before + sum - value;
+  return __reduce_add_sync(~0u, lane < warp ? warps[lane] : 0) + sum - value;
 }
 
 __device__ float sum_over_block(float value, float* warps) {
@@ -55,15 +53,21 @@ struct Threshold {
 // One digit of 8 bits after the other, from the highest.
 __device__ Threshold find_threshold(const float* keys, int n, int rank, int* counts, int* warps) {
   __shared__ int digit_found, rest_found;
+  const int lane = threadIdx.x % 32;
   Threshold found = {0, rank};
   for (int shift = 24; shift >= 0; shift -= 8) {
     __syncthreads();
     if (threadIdx.x < 256) counts[threadIdx.x] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-      const uint32_t key = ordered(keys[i]);
-      if (shift == 24 || key >> (shift + 8) == found.key >> (shift + 8)) {
-        atomicAdd(counts + (key >> shift & 255), 1);
+    for (int i = threadIdx.x; i - lane < n; i += kThreads) {
+      const uint32_t key = i < n ? ordered(keys[i]) : 0;
+      const bool counts_now =
+          i < n && (shift == 24 || key >> (shift + 8) == found.key >> (shift + 8));
+      // Most keys of a matrix are of one size: a warp counts them together.
+      const int digit = counts_now ? static_cast<int>(key >> shift & 255) : -1;
+      const uint32_t alike = __match_any_sync(~0u, digit);
+      if (digit >= 0 && __ffs(static_cast<int>(alike)) - 1 == lane) {
+        atomicAdd(counts + digit, __popc(alike));
       }
     }
     __syncthreads();
@@ -109,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) select_of(const __grid_constant__ Se
   let_next_come();
   wait_for_previous();
   const int64_t list = int64_t{blockIdx.x} * s.rank;
-  const int* previous = s.previous == nullptr ? nullptr : s.previous + list;
+  int* previous = s.lists == nullptr ? nullptr : s.lists[blockIdx.x];
   int* source = s.source == nullptr ? nullptr : s.source + list;
   if (s.skip != nullptr && *s.skip != 0) {
     for (int i = threadIdx.x; i < s.rank; i += kThreads) {
@@ -150,6 +154,7 @@ __global__ void __launch_bounds__(kThreads) select_of(const __grid_constant__ Se
       const int index = w * 32 + __ffs(static_cast<int>(bits)) - 1;
       const uint32_t bit = bits & -bits;
       s.indices[list + place] = index;
+      if (previous != nullptr) previous[place] = index;  // its bits are elsewhere
       kept += squares[index];
       if (source == nullptr) continue;
       const bool was = previous != nullptr && (old_bits[w] & bit) != 0;

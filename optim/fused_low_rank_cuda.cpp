@@ -59,34 +59,36 @@ Tensor low_rank_batch(Impl& impl, std::span<const FusedTensor> tensors, const Fu
   const bool feeds_back = tensors[0].residual.defined();
   std::vector<Tensor> parameters, gradients, steps, indices;
   std::vector<uint64_t> seeds, residual_seeds;
-  std::vector<FusedMomentum> fed_back;
+  // What is projected; it counts that times `scale`.
+  Impl::Sums x;
+  const auto scale = feeds_back ? Tensor() : s.grad_scale;
   Impl::Narrow residuals;
+  if (feeds_back) {
+    std::vector<FusedMomentum> fed_back;
+    for (const auto& t : tensors) {
+      fed_back.push_back({{}, t.gradient, t.residual, t.step, t.seed});
+      residuals.bytes.push_back(t.residual);
+      if (t.residual_scales.defined()) residuals.scales.push_back(t.residual_scales);
+    }
+    x = impl.add(shape, fed_back, residuals.scales, how.basis, how.norm, how.chooses,
+                 kResidualSumSeed, s);
+  } else {
+    for (const auto& t : tensors) gradients.push_back(t.gradient);
+    if (how.chooses) x.batch = impl.batch_of(shape, first, gradients);
+  }
+  // As early as it can be: the host catches up while it runs.
+  Choice choice;
+  if (how.chooses) choice = impl.rank(shape, x.batch, first.device(), how.basis, how.norm);
   for (const auto& t : tensors) {
     parameters.push_back(t.parameter);
-    gradients.push_back(t.gradient);
     steps.push_back(t.step);
     indices.push_back(t.indices);
     seeds.push_back(t.seed);
     residual_seeds.push_back(t.seed + kResidualSeed);
-    if (!feeds_back) continue;
-    fed_back.push_back({{}, t.gradient, t.residual, t.step, t.seed});
-    residuals.bytes.push_back(t.residual);
-    if (t.residual_scales.defined()) residuals.scales.push_back(t.residual_scales);
   }
-  // What is projected; it counts that times `scale`.
-  Impl::Sums x;
-  const auto scale = feeds_back ? Tensor() : s.grad_scale;
-  if (feeds_back) {
-    x = impl.add(shape, fed_back, residuals.scales, how.basis, how.norm, how.chooses,
-                 kResidualSumSeed, s);
-  } else if (how.chooses) {
-    x.batch = impl.batch_of(shape, first, gradients);
-  }
-  Choice choice;
   Tensor measured;
   if (how.chooses) {
-    choice = impl.choose(shape, x.batch, first.device(), how.basis, how.norm, indices,
-                         how.rotate || how.measures, s.skip);
+    impl.select(shape, choice, indices, how.rotate || how.measures, s.skip);
     if (how.measures) measured = choice.measured(scale);
     if (!how.rotate) choice.source = Tensor();
   } else {
@@ -96,15 +98,15 @@ Tensor low_rank_batch(Impl& impl, std::span<const FusedTensor> tensors, const Fu
   if (!feeds_back) {
     for (const auto& gradient : gradients) x.all.push_back(gradient.to(at::kBFloat16));
   }
-  const bool narrow = !residuals.scales.empty(), kept = narrow && can_keep_rest(shape);
+  // What the projection leaves becomes the residual: with it in 8 bits, else behind Adam.
+  const bool narrow = !residuals.scales.empty();
   const auto a =
-      impl.project(shape, first, x.all, choice, s.skip, kept ? residuals : Impl::Narrow());
-  const auto u = feeds_back && !kept ? at::empty_like(a) : a;
+      impl.project(shape, first, x.all, choice, s.skip, narrow ? residuals : Impl::Narrow());
+  const auto u = feeds_back && !narrow ? at::empty_like(a) : a;
   adam_batch(impl, shape, tensors, a, u, scale, how, s, choice);
-  if (feeds_back && !kept) {
-    impl.backproject(shape, narrow ? x.all : residuals.bytes, a, choice.q, steps, residual_seeds,
-                     {.keep = 1, .skip = s.skip, .rounding = Rounding::kStochastic},
-                     narrow ? residuals : Impl::Narrow());
+  if (feeds_back && !narrow) {
+    impl.backproject(shape, residuals.bytes, a, choice.q, steps, residual_seeds,
+                     {.keep = 1, .skip = s.skip, .rounding = Rounding::kStochastic});
   }
   impl.backproject(shape, parameters, u, choice.q, steps, seeds, Impl::step_of(s, 1));
   return measured;
@@ -131,15 +133,13 @@ Tensor FusedSteps::low_rank(std::vector<FusedTensor> tensors, const FusedLowRank
   const bool copies = e.defined()
                           ? e.scalar_type() != at::kBFloat16 && !(narrow && s.consume_gradients)
                           : first.gradient.scalar_type() == at::kFloat;
-  const auto of_u = e.defined() && !(narrow && can_keep_rest(shape)) ? shape.longer() : 0;
+  const auto of_u = e.defined() && !narrow ? shape.longer() : 0;
   const auto low = shape.rows + shape.columns + of_u;
   const auto most = most_at_once(2 * (low * rank + (copies ? shape.rows * shape.columns : 0)));
   const auto at_once = even_count(static_cast<int64_t>(tensors.size()), most);
-  std::vector<Tensor> steps, measured;
-  for (const auto& t : tensors) steps.push_back(t.step);
+  std::vector<Tensor> measured;
   each_batch(tensors, at_once,
              [&](const auto& batch) { measured.push_back(low_rank_batch(*impl_, batch, how, s)); });
-  impl_->count(steps, s.skip);
   return measured[0].defined() ? at::cat(measured) : Tensor();
 }
 

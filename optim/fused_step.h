@@ -18,7 +18,7 @@ namespace ounce::optim {
 struct FusedTensor {
   at::Tensor parameter, gradient;  // of one shape and dtype, fp32 or bf16
   at::Tensor exp_avg, exp_avg_sq;  // fp32 or bf16, both alike
-  at::Tensor step;                 // fp32 scalar, counted by the step
+  at::Tensor step;                 // fp32 scalar
   uint64_t seed = 0;               // of stochastic rounding
   at::Tensor indices;              // [rank] int32, of low_rank() alone
   // Error feedback, of low_rank() alone: fp32, bf16, or int8 with scales as in int8_blocks.h.
@@ -75,14 +75,14 @@ class FusedSteps {
 
   static bool takes(const FusedMomentum& matrix, const FusedTrion& how);
 
-  // Tensors of the same dtypes.
+  // Tensors of the same dtypes, whose steps it counts.
   void adamw(const std::vector<FusedTensor>& tensors, const FusedSettings& settings);
-  // Matrices of the same shape, rank and dtypes. Products take bf16 operands: fp32 gradients are
-  // rounded first, and so are the sums of gradients and residuals; with int8 residuals these take
-  // the memory of bf16 gradients that may be consumed. Scratch: up to 512 MiB, or one matrix's; a
-  // basis of each size stays. Where it chooses and measures: fp32 [matrices, 3], the
-  // square sums of what the columns hold of the gradient and of the gradient, and how many columns
-  // are new. Else undefined.
+  // Matrices of the same shape, rank and dtypes; count() their steps afterwards. Products take bf16
+  // operands: fp32 gradients are rounded first, and so are the sums of gradients and residuals;
+  // with int8 residuals these take the memory of bf16 gradients that may be consumed. Scratch: up
+  // to 512 MiB, or one matrix's; a basis of each size stays. Where it chooses and measures: fp32
+  // [matrices, 3], the square sums of what the columns hold of the gradient and of the gradient,
+  // and how many columns are new. Else undefined.
   at::Tensor low_rank(std::vector<FusedTensor> tensors, const FusedLowRank& how,
                       const FusedSettings& settings);
 

@@ -37,13 +37,13 @@ void FusedSteps::count(const std::vector<Tensor>& steps, const FusedSettings& s)
 }
 
 void FusedSteps::Impl::count(const std::vector<Tensor>& steps, const Tensor& skip) {
-  std::vector<const void*> pointers;
-  for (const auto& step : steps) pointers.push_back(step.const_data_ptr());
-  const auto* all = table(steps[0], Use::kCount).upload<float*>(pointers, steps[0].device(), [&] {
-    std::vector<float*> entries;
-    for (const auto& step : steps) entries.push_back(step.data_ptr<float>());
-    return entries;
-  });
+  const auto& first = steps[0];
+  const auto* all =
+      table(first, Use::kCount).upload<float*>(pointers_of(steps), first.device(), [&] {
+        std::vector<float*> entries;
+        for (const auto& step : steps) entries.push_back(step.data_ptr<float>());
+        return entries;
+      });
   C10_CUDA_CHECK(advance(all, static_cast<int>(steps.size()), floats(skip),
                          c10::cuda::getCurrentCUDAStream()));
 }
@@ -119,8 +119,7 @@ RankBatch like(const LowRankShape& shape, const std::vector<Tensor>& matrices) {
 
 RankBatch FusedSteps::Impl::batch_of(const LowRankShape& shape, const Tensor& key,
                                      const std::vector<Tensor>& matrices) {
-  std::vector<const void*> pointers;
-  for (const auto& matrix : matrices) pointers.push_back(matrix.const_data_ptr());
+  const auto pointers = pointers_of(matrices);
   auto batch = like(shape, matrices);
   batch.gradient =
       table(key, Use::kRank).upload<const void*>(pointers, key.device(), [&] { return pointers; });
@@ -203,39 +202,50 @@ FusedSteps::Impl::Sums FusedSteps::Impl::add(const LowRankShape& shape,
   return sums;
 }
 
-Choice FusedSteps::Impl::choose(const LowRankShape& shape, const RankBatch& batch,
-                                const at::Device& device, Basis basis, int64_t norm,
-                                const std::vector<Tensor>& previous, bool rotates,
-                                const Tensor& skip) {
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+Choice FusedSteps::Impl::rank(const LowRankShape& shape, const RankBatch& batch,
+                              const at::Device& device, Basis basis, int64_t norm) {
   const auto processors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
   const auto fp32 = at::TensorOptions(at::kFloat).device(device);
   const auto of_columns = [&] { return at::empty({shape.count, shape.n()}, fp32); };
   Choice choice{.squares = of_columns()};
-  const auto absolutes = norm == 1 ? of_columns() : Tensor();
+  choice.keys = norm == 1 ? of_columns() : choice.squares;
   auto scratch = at::empty({rank_scratch(rank_basis(basis), batch, norm == 1, processors)},
                            fp32.dtype(at::kByte));
   C10_CUDA_CHECK(optim::rank(rank_basis(basis), batch,
                              {.squares = choice.squares.data_ptr<float>(),
-                              .absolutes = norm == 1 ? absolutes.data_ptr<float>() : nullptr,
+                              .absolutes = norm == 1 ? choice.keys.data_ptr<float>() : nullptr,
                               .scratch = scratch.data_ptr()},
-                             processors, stream));
-  const auto chosen = [&] { return at::empty({shape.count, shape.rank}, fp32.dtype(at::kInt)); };
-  const bool follows = !previous.empty();
-  choice.indices = follows ? at::stack(previous) : chosen();
-  if (rotates) choice.source = chosen();
-  C10_CUDA_CHECK(select({.count = shape.count,
-                         .n = static_cast<int>(shape.n()),
-                         .rank = shape.rank,
-                         .keys = floats(norm == 1 ? absolutes : choice.squares),
-                         .squares = floats(choice.squares),
-                         .previous = follows ? choice.indices.const_data_ptr<int>() : nullptr,
-                         .skip = follows ? floats(skip) : nullptr,
-                         .indices = choice.indices.data_ptr<int>(),
-                         .source = rotates ? choice.source.data_ptr<int>() : nullptr},
-                        stream));
-  if (follows) at::_foreach_copy_(previous, choice.indices.unbind(0));
+                             processors, c10::cuda::getCurrentCUDAStream()));
   return choice;
+}
+
+void FusedSteps::Impl::select(const LowRankShape& shape, Choice& choice,
+                              const std::vector<Tensor>& previous, bool rotates,
+                              const Tensor& skip) {
+  const auto chosen = [&] {
+    return at::empty({shape.count, shape.rank}, choice.keys.options().dtype(at::kInt));
+  };
+  choice.indices = chosen();
+  int* const* lists = nullptr;
+  if (!previous.empty()) {
+    const auto& first = previous[0];
+    lists = table(first, Use::kLists).upload<int*>(pointers_of(previous), first.device(), [&] {
+      std::vector<int*> entries;
+      for (const auto& list : previous) entries.push_back(list.data_ptr<int>());
+      return entries;
+    });
+  }
+  if (rotates) choice.source = chosen();
+  C10_CUDA_CHECK(optim::select({.count = shape.count,
+                                .n = static_cast<int>(shape.n()),
+                                .rank = shape.rank,
+                                .keys = floats(choice.keys),
+                                .squares = floats(choice.squares),
+                                .lists = lists,
+                                .skip = lists != nullptr ? floats(skip) : nullptr,
+                                .indices = choice.indices.data_ptr<int>(),
+                                .source = rotates ? choice.source.data_ptr<int>() : nullptr},
+                               c10::cuda::getCurrentCUDAStream()));
 }
 
 void FusedSteps::Impl::gather(const LowRankShape& shape, Basis basis, Choice& choice) {
@@ -255,32 +265,25 @@ void FusedSteps::Impl::gather(const LowRankShape& shape, Basis basis, Choice& ch
 void FusedSteps::Impl::backproject(const LowRankShape& shape, const std::vector<Tensor>& parameters,
                                    const Tensor& u, const Tensor& q,
                                    const std::vector<Tensor>& steps,
-                                   const std::vector<uint64_t>& seeds, const Update& update,
-                                   const Narrow& narrow) {
-  const auto& to = narrow.bytes.empty() ? parameters : narrow.bytes;
-  const auto element = element_of(to[0]);
-  std::vector<const void*> pointers = {u.const_data_ptr(), q.const_data_ptr()};
-  for (const auto* tensors : {&parameters, &to, &narrow.scales}) {
-    for (const auto& tensor : *tensors) pointers.push_back(tensor.const_data_ptr());
-  }
+                                   const std::vector<uint64_t>& seeds, const Update& update) {
+  const auto& first = parameters[0];
+  const auto element = element_of(first);
+  auto pointers = pointers_of(parameters);
+  pointers.insert(pointers.end(), {u.const_data_ptr(), q.const_data_ptr()});
   const auto* matrices =
-      table(to[0], Use::kBackproject)
-          .upload<BackprojectMatrix>(pointers, parameters[0].device(), [&] {
-            std::vector<BackprojectMatrix> entries(parameters.size());
-            for (size_t i = 0; i < parameters.size(); ++i) {
-              C10_CUDA_CHECK(fill(
-                  shape, element,
-                  {.p = parameters[i].data_ptr(),
-                   .u = row(u, i),
-                   .q = row(q, i),
-                   .step = floats(steps[i]),
-                   .seed = seeds[i],
-                   .out = to[i].data_ptr(),
-                   .scales = narrow.bytes.empty() ? nullptr : narrow.scales[i].data_ptr<float>()},
-                  &entries[i]));
-            }
-            return entries;
-          });
+      table(first, Use::kBackproject).upload<BackprojectMatrix>(pointers, first.device(), [&] {
+        std::vector<BackprojectMatrix> entries(parameters.size());
+        for (size_t i = 0; i < parameters.size(); ++i) {
+          C10_CUDA_CHECK(fill(shape, element,
+                              {.p = parameters[i].data_ptr(),
+                               .u = row(u, i),
+                               .q = row(q, i),
+                               .step = floats(steps[i]),
+                               .seed = seeds[i]},
+                              &entries[i]));
+        }
+        return entries;
+      });
   C10_CUDA_CHECK(optim::backproject({.shape = shape,
                                      .p = element,
                                      .rounding = update.rounding,

@@ -23,8 +23,8 @@ at::Tensor FusedSteps::low_rank(std::vector<FusedTensor>, const FusedLowRank&,
 at::Tensor FusedSteps::trion(std::vector<FusedMomentum>, const FusedTrion&, const FusedSettings&) {
   fail(Fault::kProblem, "[optim] the fused step is not built");
 }
-void FusedSteps::count(const std::vector<at::Tensor>&, const FusedSettings&) {
-  fail(Fault::kProblem, "[optim] the fused step is not built");
+void FusedSteps::count(const std::vector<at::Tensor>& steps, const FusedSettings&) {
+  if (!steps.empty()) fail(Fault::kProblem, "[optim] the fused step is not built");
 }
 
 }  // namespace ounce::optim

@@ -46,6 +46,12 @@ inline RankBasis rank_basis(Basis basis) {
   return basis == Basis::kIdentity ? RankBasis::kIdentity : RankBasis::kDct2;
 }
 
+inline std::vector<const void*> pointers_of(const std::vector<Tensor>& tensors) {
+  std::vector<const void*> all;
+  for (const auto& t : tensors) all.push_back(t.const_data_ptr());
+  return all;
+}
+
 // The i-th of a batch; null of an undefined tensor.
 inline void* row(const Tensor& t, size_t i) {
   if (!t.defined()) return nullptr;
@@ -120,7 +126,7 @@ class Table {
 // Of matrices of one shape: the chosen columns.
 struct Choice {
   Tensor indices, source;  // [count, rank]; the second undefined where columns stay
-  Tensor squares;          // [count, n], where columns were chosen now
+  Tensor squares, keys;    // [count, n], where columns were chosen now; by keys
   Tensor q;                // [count, rank, n] bf16
 
   // fp32: the squares, times `scale` squared, that the columns hold, and all of them, [count, 2];
@@ -154,6 +160,7 @@ struct FusedSteps::Impl {
     kCount,
     kAdam,
     kRank,
+    kLists,
     kAdd,
     kProject,
     kProjectedAdam,
@@ -182,11 +189,13 @@ struct FusedSteps::Impl {
   Sums add(const LowRankShape& shape, std::span<const FusedMomentum> matrices,
            const std::vector<Tensor>& scales, Basis basis, int64_t norm, bool ranked, uint64_t seed,
            const FusedSettings& s);
-  // The largest columns. previous: each matrix's, which these take the place of, or none; with
+  // How large columns are: the squares, and what select() goes by.
+  Choice rank(const LowRankShape& shape, const RankBatch& batch, const at::Device& device,
+              Basis basis, int64_t norm);
+  // The largest ones. previous: each matrix's, which these take the place of, or none; with
   // `rotates` also the source.
-  Choice choose(const LowRankShape& shape, const RankBatch& batch, const at::Device& device,
-                Basis basis, int64_t norm, const std::vector<Tensor>& previous, bool rotates,
-                const Tensor& skip);
+  void select(const LowRankShape& shape, Choice& choice, const std::vector<Tensor>& previous,
+              bool rotates, const Tensor& skip);
   // indices -> q
   void gather(const LowRankShape& shape, Basis basis, Choice& choice);
   // p = (1 - lr weight_decay) p - factor lr u q; lr undefined = 1
@@ -203,7 +212,7 @@ struct FusedSteps::Impl {
             .skip = s.skip,
             .rounding = s.stochastic_rounding ? Rounding::kStochastic : Rounding::kNearest};
   }
-  // Where what is left of p goes to, in 8 bits.
+  // Where what is left of a matrix goes to, in 8 bits.
   struct Narrow {
     std::vector<Tensor> bytes, scales;
   };
@@ -214,8 +223,7 @@ struct FusedSteps::Impl {
   // seeds, steps: of each.
   void backproject(const LowRankShape& shape, const std::vector<Tensor>& parameters,
                    const Tensor& u, const Tensor& q, const std::vector<Tensor>& steps,
-                   const std::vector<uint64_t>& seeds, const Update& update,
-                   const Narrow& narrow = {});
+                   const std::vector<uint64_t>& seeds, const Update& update);
   void count(const std::vector<Tensor>& steps, const Tensor& skip);
 };
 

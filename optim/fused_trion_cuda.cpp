@@ -145,7 +145,8 @@ Tensor low_rank_step(Impl& impl, std::span<const FusedMomentum> matrices, const 
   }
   // The momentum is rounded twice, by different bits.
   const auto sums = impl.add(shape, matrices, {}, how.basis, how.norm, true, kExpAvgSqSeed, s);
-  auto choice = impl.choose(shape, sums.batch, first.device(), how.basis, how.norm, {}, false, {});
+  auto choice = impl.rank(shape, sums.batch, first.device(), how.basis, how.norm);
+  impl.select(shape, choice, {}, false, {});
   impl.gather(shape, how.basis, choice);
   auto b = impl.project(shape, first, sums.all, choice);
   impl.backproject(shape, momenta, b, choice.q, steps, momentum_seeds,

@@ -7,7 +7,6 @@
 // Memory is the limit: p is read and written, 4 bytes an element of 16 bits; the products take half
 // of that time and the rounding's arithmetic another half, so each step's products run under the
 // arithmetic of the step before.
-#include <ounce/optim/lowrank_rest.h>
 #include <ounce/optim/lowrank_tiles.h>
 
 namespace ounce::optim {
@@ -16,7 +15,7 @@ namespace {
 
 constexpr int kBoxBytes = kWarpRows * tma::kRowBytes;
 
-enum class Kind { kNearest16, kStochastic16, kFp32, kInt8 };
+enum class Kind { kNearest16, kStochastic16, kFp32 };
 
 template <int rank, Kind kind>
 struct Memory {
@@ -126,7 +125,6 @@ __device__ void fetch(const Arguments& a, const M& memory, int cluster, uint32_t
       refresh(&matrix.q);
     } else {
       refresh(&matrix.p);
-      refresh(&matrix.out);
     }
   }
   __syncwarp();
@@ -259,38 +257,6 @@ struct Tiles {
     last = place.stage;
     place.next();
   }
-
-  // The two steps of a block of 8 bits: the first,
-  __device__ void subtract(float (&d)[32], float (&largest)[2]) {
-    ring.wait(place);
-    lowrank::subtract(d, largest, ring.at(place.stage) + warp * M::kWarpBytes, lane);
-    __syncwarp();
-    if (lane == 0) ptx::arrive(ring.empty(place.stage));
-    place.next();
-  }
-  // and the second, whose tile the bytes of both go through.
-  __device__ void narrow(const float (&before)[32], float (&d)[32], float (&largest)[2],
-                         const BackprojectMatrix& matrix, const Arguments& a, int first_row,
-                         int block) {
-    const uint32_t tile = ring.at(place.stage) + warp * M::kWarpBytes;
-    const int row = first_row + warp * kWarpRows;
-    ring.wait(place);
-    lowrank::subtract(d, largest, tile, lane);
-    float inverse[2];
-    scale_rows(largest, inverse, {matrix.scales, a.rows, a.steps / 2}, row, block, lane);
-    __syncwarp();
-    lowrank::narrow(before, d, inverse, tile, lane);
-    ptx::fence_shared_for_async();
-    __syncwarp();
-    if (lane == 0) {
-      store(&matrix.out, tile, block * static_cast<int>(kInt8Block), row);
-      tma::commit_stores();
-      wait_stores_read<1>();
-      if (last >= 0) ptx::arrive(ring.empty(last));
-    }
-    last = place.stage;
-    place.next();
-  }
 };
 
 template <bool right, int rank, Kind kind, class M>
@@ -330,25 +296,6 @@ __device__ void multiply(const Arguments& a, const M& memory, int cluster, uint3
     };
     begin(even);
     end(even);
-    if constexpr (kind == Kind::kInt8) {
-      float next[32], largest[2] = {};
-      const int last = a.steps / 2 - 1;
-      for (int pair = 0; pair < last; ++pair) {
-        begin(odd);
-        tiles.subtract(even, largest);
-        end(odd);
-        begin(next);
-        tiles.narrow(even, odd, largest, matrix, a, row, pair);
-        end(next);
-#pragma unroll
-        for (int i = 0; i < 32; ++i) even[i] = next[i];
-      }
-      begin(odd);
-      tiles.subtract(even, largest);
-      end(odd);
-      tiles.narrow(even, odd, largest, matrix, a, row, last);
-      continue;
-    }
     int step = 1;
     for (; step + 1 < a.steps; step += 2) {
       both(even, odd, step);
@@ -390,9 +337,6 @@ cudaError_t launch(const Arguments& a, cudaStream_t stream) {
 template <int rank, bool right>
 cudaError_t launch(const Backproject& p, const Arguments& a, cudaStream_t stream) {
   if (p.p == Element::kFp32) return launch<rank, right, Kind::kFp32>(a, stream);
-  if constexpr (!right) {
-    if (p.p == Element::kInt8) return launch<rank, right, Kind::kInt8>(a, stream);
-  }
   return p.rounding == Rounding::kStochastic ? launch<rank, right, Kind::kStochastic16>(a, stream)
                                              : launch<rank, right, Kind::kNearest16>(a, stream);
 }
@@ -407,7 +351,7 @@ cudaError_t launch(const Backproject& p, const Arguments& a, cudaStream_t stream
 cudaError_t backproject(const Backproject& p, cudaStream_t stream) {
   using namespace lowrank;
   const auto& shape = p.shape;
-  if (!is_valid(shape) || p.matrices == nullptr || (p.p == Element::kInt8 && shape.right)) {
+  if (!is_valid(shape) || p.matrices == nullptr || p.p == Element::kInt8) {
     return cudaErrorInvalidValue;
   }
   Arguments a{};

@@ -59,7 +59,7 @@ struct Layer {
   LowRankShape shape;
   ProjectMatrix *project, *keep_rest;
   ProjectedAdamMatrix* adam[2];  // moments of bf16, of fp32
-  BackprojectMatrix *back, *narrow;
+  BackprojectMatrix* back;
 };
 
 Layer make_layer(const LowRankShape& s) {
@@ -85,16 +85,14 @@ Layer make_layer(const LowRankShape& s) {
   CHECK(cudaMemset(step, 0, s.count * 4));
   std::vector<ProjectMatrix> project(s.count), keep_rest(s.count);
   std::vector<ProjectedAdamMatrix> adam[2];
-  std::vector<BackprojectMatrix> back(s.count), narrow(s.count);
+  std::vector<BackprojectMatrix> back(s.count);
   for (int64_t i = 0; i < s.count; ++i) {
     const auto seed = static_cast<uint64_t>(i);
     CHECK(fill(s, {g + i * size, q + i * r * n, a + i * longer * r}, &project[i]));
-    if (can_keep_rest(s)) {
-      CHECK(fill(s,
-                 {g + i * size, q + i * r * n, a + i * longer * r, bytes + i * size,
-                  scales + i * s.rows * blocks},
-                 &keep_rest[i]));
-    }
+    CHECK(fill(s,
+               {g + i * size, q + i * r * n, a + i * longer * r, bytes + i * size,
+                scales + i * s.rows * blocks},
+               &keep_rest[i]));
     for (int k = 0; k < 2; ++k) {
       const auto state = [&](void* all) {
         return static_cast<char*>(all) + i * longer * r * (k == 1 ? 4 : 2);
@@ -104,18 +102,8 @@ Layer make_layer(const LowRankShape& s) {
     }
     CHECK(fill(s, Element::kBf16, {p + i * size, u + i * longer * r, q + i * r * n, step + i, seed},
                &back[i]));
-    if (s.right) continue;
-    CHECK(fill(s, Element::kInt8,
-               {g + i * size, u + i * longer * r, q + i * r * n, nullptr, 0, bytes + i * size,
-                scales + i * s.rows * blocks},
-               &narrow[i]));
   }
-  return {s,
-          upload(project),
-          upload(keep_rest),
-          {upload(adam[0]), upload(adam[1])},
-          upload(back),
-          upload(narrow)};
+  return {s, upload(project), upload(keep_rest), {upload(adam[0]), upload(adam[1])}, upload(back)};
 }
 
 void time(int rounds, int rank) {
@@ -152,10 +140,9 @@ void time(int rounds, int rank) {
   line(
       "project, keep rest",
       [&](Layer& l) {
-        if (can_keep_rest(l.shape)) CHECK(project({l.shape, l.keep_rest, true}, nullptr));
+        CHECK(project({l.shape, l.keep_rest, true}, nullptr));
       },
       [&](const LowRankShape& s) {
-        if (!can_keep_rest(s)) return 0.0;
         return 3.0 * s.rows * s.columns + 2.0 * s.rank * (s.n() + s.longer());
       });
   for (const bool wide : {false, true}) {
@@ -186,16 +173,6 @@ void time(int rounds, int rank) {
           return 4.0 * s.rows * s.columns + 2.0 * s.rank * (s.n() + s.longer());
         });
   }
-  line(
-      "back 8 bits",
-      [&](Layer& l) {
-        if (l.shape.right) return;
-        CHECK(backproject({.shape = l.shape, .p = Element::kInt8, .matrices = l.narrow}, nullptr));
-      },
-      [&](const LowRankShape& s) {
-        if (s.right) return 0.0;
-        return 3.0 * s.rows * s.columns + 2.0 * s.rank * (s.n() + s.longer());
-      });
   CHECK(cudaDeviceSynchronize());
 }
 

@@ -14,8 +14,9 @@ cudaError_t fill(const LowRankShape& shape, const ProjectTensors& tensors, Proje
   if (error != cudaSuccess) return error;
   error = make_map(&matrix->q, bf16, t.q, shape.rank, shape.n(), padded(shape.rank) / 2);
   if (error != cudaSuccess) return error;
-  error = make_map(&matrix->out, bf16, t.out, shape.longer(), shape.rank, kRowsAtOnce,
-                   copies_of(shape.rank).wide);
+  const bool whole = t.rest != nullptr && !shape.right;  // a lies so in shared memory
+  error = make_map(&matrix->out, bf16, t.out, shape.longer(), shape.rank,
+                   whole ? kWarpRows : kRowsAtOnce, whole ? 1 : copies_of(shape.rank).wide);
   matrix->rest = matrix->out;  // every map is one
   matrix->scales = t.scales;
   if (error != cudaSuccess || t.rest == nullptr) return error;
@@ -29,26 +30,17 @@ cudaError_t fill(const LowRankShape& shape, Element p, const BackprojectTensors&
                  BackprojectMatrix* matrix) {
   using namespace lowrank;
   const auto& t = tensors;
-  if (!is_valid(shape) || !is_aligned(t.p) || !is_aligned(t.u) || !is_aligned(t.q)) {
+  if (!is_valid(shape) || p == Element::kInt8 || !is_aligned(t.p) || !is_aligned(t.u) ||
+      !is_aligned(t.q)) {
     return cudaErrorInvalidValue;
   }
   const auto bf16 = Element::kBf16;
-  const bool narrow = p == Element::kInt8;
-  auto error = make_map(&matrix->p, narrow ? bf16 : p, t.p, shape.rows, shape.columns, kWarpRows);
+  auto error = make_map(&matrix->p, p, t.p, shape.rows, shape.columns, kWarpRows);
   if (error != cudaSuccess) return error;
-  matrix->out = matrix->p;  // every map is one
-  if (narrow) {
-    if (shape.right || !is_aligned(t.out) || t.scales == nullptr || shape.columns % 16 != 0) {
-      return cudaErrorInvalidValue;
-    }
-    error = make_map(&matrix->out, p, t.out, shape.rows, shape.columns, kWarpRows);
-    if (error != cudaSuccess) return error;
-  }
   error = make_map(&matrix->u, bf16, t.u, shape.longer(), shape.rank, kFactorRows);
   if (error != cudaSuccess) return error;
   matrix->step = t.step;
   matrix->seed = t.seed;
-  matrix->scales = t.scales;
   return make_map(&matrix->q, bf16, t.q, shape.rank, shape.n(), padded(shape.rank) / 2);
 }
 

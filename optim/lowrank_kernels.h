@@ -59,9 +59,7 @@ struct ProjectMatrix {
   float* scales;
 };
 
-inline bool can_keep_rest(const LowRankShape& shape) {
-  return shape.right && shape.columns % 16 == 0;
-}
+inline bool can_keep_rest(const LowRankShape& shape) { return shape.columns % 16 == 0; }
 
 // On the host. cudaErrorInvalidValue where the tensors or the shape are none of the above.
 cudaError_t fill(const LowRankShape& shape, const ProjectTensors& tensors, ProjectMatrix* matrix);
@@ -111,27 +109,21 @@ cudaError_t adam(const ProjectedAdam& adam, cudaStream_t stream);
 
 // ---- p = keep p - lr factor (u q), with keep = decay - lr weight_decay; p [rows, columns]
 
-// What p becomes goes to p, or with Element::kInt8 p - u q to `out`, as above: p is bf16 then and
-// stays as it is. Columns are a multiple of 16, and rows are projected: of others project() does
-// it.
 struct BackprojectTensors {
   void* p = nullptr;            // [rows, columns]
   const void* u = nullptr;      // [longer, rank] bf16
   const void* q = nullptr;      // [rank, n] bf16
   const float* step = nullptr;  // with stochastic rounding: steps before this one
   uint64_t seed = 0;            // of that, as in stochastic_rounding.h
-  void* out = nullptr;          // [rows, columns] int8
-  float* scales = nullptr;      // [rows, blocks]
 };
 
 struct BackprojectMatrix {
-  CUtensorMap p, u, q, out;
+  CUtensorMap p, u, q;
   const float* step;
   uint64_t seed;
-  float* scales;
 };
 
-// `p`: its elements, or kInt8 as above.
+// `p`: its elements, kBf16 or kFp32.
 cudaError_t fill(const LowRankShape& shape, Element p, const BackprojectTensors& tensors,
                  BackprojectMatrix* matrix);
 

@@ -2,8 +2,10 @@
 // a = x q^T on Hopper. A persistent product of tiles [128, rank], the whole rank at once, so that x
 // is read once; q comes from the L2 cache, half of each stage for both blocks of a cluster.
 //
-// Where what a leaves of x is asked for, a is in registers behind a tile's last product, as the
-// left factor of a q, and x comes again, backwards, while the L2 cache has some of it.
+// Where what a leaves of x is asked for, x comes again behind a tile's last product, backwards,
+// while the L2 cache has some of it. Of rows, a is in registers then, as the left factor of a q. Of
+// columns, both warpgroups lay theirs into shared memory, as the right factor of q^T a^T, and take
+// turns: so a warp has whole rows of what shares a scale.
 //
 // Memory is the limit: 2 bytes an element of x; the products take half of that time. What leaves
 // has shared memory of its own, so that the next tile's x comes meanwhile.
@@ -17,19 +19,22 @@ namespace {
 constexpr int kDepth = 64;  // inner indices of a stage
 constexpr int kBoxBytes = kRowsAtOnce * tma::kRowBytes;
 
-// Shared memory and its layout.
-template <int rank>
+// Shared memory and its layout. With `whole` a lies there whole, in boxes of 64 columns.
+template <int rank, bool whole>
 struct Memory {
   static constexpr int kLeftBytes = kBlockRows * kDepth * 2, kStageBytes = kLeftBytes + rank * 128;
-  // Of a warp, side by side: its rows of a that leave together.
+  static constexpr int kWholeBoxBytes = kBlockRows * tma::kRowBytes;
+  static constexpr int kWholeBytes = whole ? rank / 64 * kWholeBoxBytes : 0;
+  // Of a warp: bytes of what is left, or, side by side, its rows of a that leave together.
   static constexpr int kRestBytes = kWarpRows * tma::kRowBytes, kWarps = 2 * kGroup / 32;
-  static constexpr int kOutBytes = rank > 128 ? rank / 64 * kBoxBytes : kRestBytes;
-  static constexpr int kStages = 196608 / kStageBytes;
-  static_assert(kOutBytes >= rank / 64 * kBoxBytes);
+  static constexpr int kOutBytes = rank > 128 && !whole ? rank / 64 * kBoxBytes : kRestBytes;
+  static constexpr int kRoom = kMemory - 1024 - 256 - kWholeBytes - kWarps * kOutBytes;
+  static constexpr int kStages = kRoom / kStageBytes;
   using Ring = lowrank::Ring<kStages, kStageBytes>;
-  static constexpr int kOutAt = kStages * kStageBytes, kBarriersAt = kOutAt + kWarps * kOutBytes;
+  static constexpr int kWholeAt = kStages * kStageBytes, kOutAt = kWholeAt + kWholeBytes;
+  static constexpr int kBarriersAt = kOutAt + kWarps * kOutBytes;
   static constexpr int kBytes = 1024 + kBarriersAt + Ring::kBarrierBytes;
-  static_assert(kBytes <= kMemory);
+  static_assert(kBytes <= kMemory && (whole || kOutBytes >= rank / 64 * kBoxBytes));
 
   Ring ring;
 
@@ -39,6 +44,7 @@ struct Memory {
   }
   __device__ uint32_t left(int stage) const { return ring.at(stage); }
   __device__ uint32_t right(int stage) const { return ring.at(stage) + kLeftBytes; }
+  __device__ uint32_t whole_a() const { return ring.data + kWholeAt; }
   __device__ uint32_t out(int warp) const { return ring.data + kOutAt + warp * kOutBytes; }
 };
 
@@ -46,8 +52,9 @@ struct Arguments {
   const ProjectMatrix* matrices;
   const float* skip;
   int pairs, items, clusters, steps;
-  int boxes;  // copies of a warp's rows of a
-  uint32_t rows;
+  int boxes;   // copies of a warp's rows of a
+  int blocks;  // of a row of what is left
+  uint32_t rows, columns;
 };
 
 template <bool right, bool rest, class M>
@@ -79,10 +86,7 @@ __device__ void fetch(const Arguments& a, const M& memory, int cluster, uint32_t
       place.next();
     };
     for (int step = 0; step < a.steps; ++step) fetch_step(step);
-    for (int pair = rest ? a.steps / 2 - 1 : -1; pair >= 0; --pair) {
-      fetch_step(2 * pair);
-      fetch_step(2 * pair + 1);
-    }
+    for (int step = rest ? a.steps - 1 : -1; step >= 0; --step) fetch_step(step);
   }
 }
 
@@ -137,6 +141,23 @@ __device__ void send(const Arguments& a, const CUtensorMap* map, const float (&d
   }
 }
 
+// A warp's rows of what is left, that share scales, as bytes.
+__device__ void send_rest(const ProjectMatrix& matrix, const float (&first)[32],
+                          const float (&second)[32], float (&largest)[2], const Scales& scales,
+                          uint32_t out, int row, int block, int lane) {
+  float inverse[2];
+  scale_rows(largest, inverse, scales, row, block, lane);
+  if (lane == 0) wait_stores_read<0>();
+  __syncwarp();
+  narrow(first, second, inverse, out, lane);
+  ptx::fence_shared_for_async();
+  __syncwarp();
+  if (lane == 0) {
+    store(&matrix.rest, out, block * static_cast<int>(kInt8Block), row);
+    tma::commit_stores();
+  }
+}
+
 // x - a q of a warp's rows of the tile that gave the sums d.
 template <int rank, class M>
 __device__ void keep_rest(const Arguments& a, const ProjectMatrix& matrix, const M& memory,
@@ -153,24 +174,16 @@ __device__ void keep_rest(const Arguments& a, const ProjectMatrix& matrix, const
     place.next();
     return stage;
   };
-  float first[32], second[32], next[32], largest[2] = {}, inverse[2];
+  float first[32], second[32], next[32], largest[2] = {};
   const auto end = [&](float(&x)[32], int stage) {
     subtract(x, largest,
              memory.left(stage) + (group * kGroupRows + warp * kWarpRows) * tma::kRowBytes, lane);
     __syncwarp();
     memory.ring.release(stage, block);
   };
-  const auto keep = [&](int pair) {
-    scale_rows(largest, inverse, {matrix.scales, a.rows, a.steps / 2}, row, pair, lane);
-    if (lane == 0) wait_stores_read<0>();
-    __syncwarp();
-    narrow(first, second, inverse, out, lane);
-    ptx::fence_shared_for_async();
-    __syncwarp();
-    if (lane == 0) {
-      store(&matrix.rest, out, pair * static_cast<int>(kInt8Block), row);
-      tma::commit_stores();
-    }
+  const auto keep = [&](int pair) {  // the second step of it comes first
+    send_rest(matrix, second, first, largest, {matrix.scales, a.rows, a.blocks}, out, row, pair,
+              lane);
   };
   // A step's products run under the arithmetic of the step before.
   int stage = begin(first);
@@ -197,6 +210,66 @@ __device__ void keep_rest(const Arguments& a, const ProjectMatrix& matrix, const
   keep(0);
 }
 
+// The same of the columns from `column` on, both warpgroups'.
+template <int rank, class M>
+__device__ void keep_rest_of_columns(const Arguments& a, const ProjectMatrix& matrix,
+                                     const M& memory, typename M::Ring::Place& place,
+                                     const float (&d)[rank / 2], int column, int group,
+                                     uint32_t block) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const uint32_t whole = memory.whole_a(), out = memory.out(group * 4 + warp);
+  const auto together = [] { ptx::named_wait(1, 2 * kGroup); };
+  // Nobody multiplies by the tile before or copies it any more.
+  if (lane == 0) wait_stores_read<0>();
+  together();
+  const uint32_t to = whole + (group * kGroupRows + warp * kWarpRows) * tma::kRowBytes;
+#pragma unroll
+  for (int g = 0; g < rank / 8; g += 2) {
+    const int row = lane & 15, chunk = g % 8 + (lane >> 4);
+    ptx::store_matrices(
+        to + g / 8 * M::kWholeBoxBytes + row * tma::kRowBytes + ((chunk ^ (row & 7)) * 16),
+        pack(d[g * 4], d[g * 4 + 1]), pack(d[g * 4 + 2], d[g * 4 + 3]),
+        pack(d[g * 4 + 4], d[g * 4 + 5]), pack(d[g * 4 + 6], d[g * 4 + 7]));
+  }
+  ptx::fence_shared_for_async();
+  together();
+  if (lane == 0) {
+    for (int box = 0; box < a.boxes; ++box) {
+      store(&matrix.out, to + box * M::kWholeBoxBytes, box * 64,
+            column + group * kGroupRows + warp * kWarpRows);
+    }
+    tma::commit_stores();
+  }
+  const Scales scales = {matrix.scales, static_cast<uint32_t>(column) < a.columns ? a.rows : 0,
+                         a.blocks};
+  float x[64], largest[2] = {};
+  auto& first = reinterpret_cast<float(&)[32]>(x);
+  auto& second = reinterpret_cast<float(&)[32]>(x[32]);
+  for (int step = a.steps - 1; step >= 0; --step, place.next()) {
+    memory.ring.wait(place);
+    if (step % 2 == group) {
+      wgmma::fence();
+#pragma unroll
+      for (int k = 0; k < rank / 16; ++k) {
+        wgmma::multiply<true>(
+            x, wgmma::descriptor(memory.right(place.stage)) + k * 128,
+            wgmma::descriptor(whole) + k / 4 * (M::kWholeBoxBytes / 16) + k % 4 * 2, k);
+      }
+      wgmma::commit();
+      wgmma::wait<0>();
+      wgmma::arrived(x);
+      const uint32_t tile = memory.left(place.stage) + warp * kWarpRows * tma::kRowBytes;
+      subtract(first, largest, tile, lane);
+      subtract(second, largest, tile + kGroupRows * tma::kRowBytes, lane);
+      __syncwarp();
+    }
+    memory.ring.release(place.stage, block);
+    if (step % 2 != group) continue;
+    send_rest(matrix, first, second, largest, scales, out, step * kDepth + warp * kWarpRows,
+              column / static_cast<int>(kInt8Block), lane);
+  }
+}
+
 template <bool right, bool rest, int rank, class M>
 __device__ void multiply(const Arguments& a, const M& memory, int cluster, uint32_t block,
                          int group, int thread) {
@@ -205,9 +278,13 @@ __device__ void multiply(const Arguments& a, const M& memory, int cluster, uint3
   for (Walk walk{a.pairs, cluster}; walk.item < a.items; walk.item += a.clusters) {
     float d[rank / 2] = {};  // set, so that its registers are free from one tile to the next
     multiply_tile<right>(d, memory, place, a.steps, group, block);
-    const int row =
-        walk.row() + static_cast<int>(block) * kBlockRows + group * kGroupRows + warp * kWarpRows;
+    const int first = walk.row() + static_cast<int>(block) * kBlockRows;
     const ProjectMatrix& matrix = a.matrices[walk.matrix()];
+    if constexpr (rest && !right) {
+      keep_rest_of_columns<rank>(a, matrix, memory, place, d, first, group, block);
+      continue;
+    }
+    const int row = first + group * kGroupRows + warp * kWarpRows;
     const uint32_t out = memory.out(group * 4 + warp);
     send(a, &matrix.out, d, out, row, lane);
     if constexpr (rest) keep_rest<rank>(a, matrix, memory, place, d, out, row, group, block);
@@ -218,7 +295,7 @@ __device__ void multiply(const Arguments& a, const M& memory, int cluster, uint3
 template <int rank, bool right, bool rest>
 __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
     project_tiles(const __grid_constant__ Arguments a) {
-  using M = Memory<rank>;
+  using M = Memory<rank, rest && !right>;
   let_next_come();
   wait_for_previous();
   if (a.skip != nullptr && *a.skip != 0) return;
@@ -239,14 +316,16 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
       });
 }
 
-template <int rank, bool right, bool rest = false>
+template <int rank, bool right, bool rest>
 cudaError_t launch(const Arguments& a, cudaStream_t stream) {
-  return launch_clusters(project_tiles<rank, right, rest>, a, Memory<rank>::kBytes, stream);
+  return launch_clusters(project_tiles<rank, right, rest>, a, Memory < rank,
+                         rest && !right > ::kBytes, stream);
 }
 template <int rank>
 cudaError_t launch(const Project& p, const Arguments& a, cudaStream_t stream) {
-  if (p.rest) return launch<rank, true, true>(a, stream);
-  return p.shape.right ? launch<rank, true>(a, stream) : launch<rank, false>(a, stream);
+  if (p.shape.right)
+    return p.rest ? launch<rank, true, true>(a, stream) : launch<rank, true, false>(a, stream);
+  return p.rest ? launch<rank, false, true>(a, stream) : launch<rank, false, false>(a, stream);
 }
 
 }  // namespace
@@ -262,14 +341,16 @@ cudaError_t project(const Project& p, cudaStream_t stream) {
   a.matrices = p.matrices;
   a.skip = p.skip;
   a.rows = static_cast<uint32_t>(shape.rows);
+  a.columns = static_cast<uint32_t>(shape.columns);
+  a.blocks = static_cast<int>((shape.columns + kInt8Block - 1) / kInt8Block);
   a.pairs = static_cast<int>((shape.longer() + kPairRows - 1) / kPairRows);
   a.items = a.pairs * shape.count;
   const auto error = count_clusters(a.items, &a.clusters);
   if (error != cudaSuccess) return error;
   a.steps = static_cast<int>((shape.n() + kDepth - 1) / kDepth);
-  // What lies outside is read as 0 and not written.
-  if (p.rest) a.steps = (a.steps + 1) / 2 * 2;
-  a.boxes = copies_of(shape.rank).count;
+  // Whole blocks: what lies outside is read as 0 and not written.
+  if (p.rest && shape.right) a.steps = 2 * a.blocks;
+  a.boxes = p.rest && !shape.right ? (shape.rank + 63) / 64 : copies_of(shape.rank).count;
   const int rank = padded(shape.rank);
   return rank == 64    ? launch<64>(p, a, stream)
          : rank == 128 ? launch<128>(p, a, stream)

@@ -9,23 +9,8 @@
 
 namespace ounce::optim::lowrank {
 
-constexpr int kColumns = 64;  // of a step
 // Neighbours of a row that share a scale are what a warp has in two steps.
 static_assert(kInt8Block == 2 * kColumns);
-
-// A step's product: d = the rows in `left` times the right factor in a stage, q with `right`, else
-// u with its columns in rows.
-template <bool right, int rank>
-__device__ void multiply_step(float (&d)[32], const wgmma::Fragment (&left)[rank / 16],
-                              uint32_t stage) {
-  wgmma::fence();
-#pragma unroll
-  for (int k = 0; k < rank / 16; ++k) {
-    const auto at = wgmma::descriptor(stage) + (right ? k * 128 : k / 4 * 512 + k % 4 * 2);
-    wgmma::multiply<right>(d, left[k], at, k);
-  }
-  wgmma::commit();
-}
 
 __device__ inline float larger(float x, float y) {  // a NaN is the largest
   float z;

@@ -96,6 +96,8 @@ inline cudaError_t make_map(CUtensorMap* map, Element element, const void* data,
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+constexpr int kColumns = 64;  // of a step
+
 // Rows of boxes: what a warp has of a at once; of p; of u as a factor.
 constexpr int kRowsAtOnce = 8, kWarpRows = 16, kFactorRows = 32;
 
@@ -220,6 +222,20 @@ template <class Arguments>
 cudaError_t launch_clusters(void (*kernel)(Arguments), const Arguments& a, int memory,
                             cudaStream_t stream) {
   return launch_early(kernel, dim3(2 * a.clusters), dim3(kThreads), memory, stream, a);
+}
+
+// A step's product: d = the rows in `left` times the right factor in a stage, q with `right`, else
+// u with its columns in rows.
+template <bool right, int rank>
+__device__ void multiply_step(float (&d)[32], const wgmma::Fragment (&left)[rank / 16],
+                              uint32_t stage) {
+  wgmma::fence();
+#pragma unroll
+  for (int k = 0; k < rank / 16; ++k) {
+    const auto at = wgmma::descriptor(stage) + (right ? k * 128 : k / 4 * 512 + k % 4 * 2);
+    wgmma::multiply<right>(d, left[k], at, k);
+  }
+  wgmma::commit();
 }
 
 inline bool is_valid(const LowRankShape& s) {

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Trains a config in several variants on the same data and keeps their loss curves.
 
-    curves.py PROGRAM CONFIG [--steps N] [--restart] [--set KEY=VALUE]... [--json FILE] NAME[:KEY=VALUE,...]...
+    curves.py PROGRAM CONFIG [--steps N] [--restart | --jobs N] [--set KEY=VALUE]... [--json FILE]
+        NAME[:KEY=VALUE,...]...
 
 A NAME is a variant with settings of its own; the first is what the others are compared with. `worst` is the largest
 difference of a 20-step mean from the first variant's. Two runs that differ in one rounding part by more and more; with
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -55,10 +57,13 @@ def together(commands, steps):
     return [(curve, run[1]) for curve, run in zip(curves, runs)]
 
 
-def apart(commands, steps):
-    for command in commands:
+def apart(commands, steps, jobs):
+    def curve(command):
         with tempfile.TemporaryDirectory() as out:
-            yield train(command, out, steps)[:2]
+            return train(command, out, steps)[:2]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(curve, commands)
 
 
 def means_of(losses):
@@ -90,6 +95,7 @@ def main():
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--data", default="", help="what the text is: kept with the curves")
     parser.add_argument("--restart", action="store_true", help="every 20 steps from the first variant's state")
+    parser.add_argument("--jobs", type=int, default=1, help="variants at once, without --restart")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of all variants")
     parser.add_argument("--json", help="append a JSON object a variant to this file")
     arguments = parser.parse_args()
@@ -105,8 +111,9 @@ def main():
         names.append(name)
         commands.append([arguments.program, "train", "--config", path, *(f"--set={setting}" for setting in settings)])
     first = None
-    run = together if arguments.restart else apart
-    for name, (losses, val_loss) in zip(names, run(commands, arguments.steps)):
+    steps = arguments.steps
+    curves = together(commands, steps) if arguments.restart else apart(commands, steps, arguments.jobs)
+    for name, (losses, val_loss) in zip(names, curves):
         means = means_of(losses)
         first = first or means
         row = row_of(arguments, name, means, val_loss, first)
