@@ -34,6 +34,8 @@ LanguageModel::LanguageModel(const LanguageModelOptions& options, const Context&
                    .max_length = context.max_length,
                    .dropout = options.dropout};
   embed_ = register_module("embed", nn::Embedding(context.vocab, options.dim));
+  OUNCE_CHECK(options.embed_scale > 0, "[lm] embed_scale: expected a positive number, got ",
+              options.embed_scale);
   auto list = register_module("blocks", std::make_shared<torch::nn::ModuleListImpl>());
   for (part.layer = 0; part.layer < options.layers; ++part.layer) {
     Block::Context block_context{
@@ -79,7 +81,9 @@ at::Tensor LanguageModel::hidden(const at::Tensor& tokens_bt, SequenceContext& c
               tokens_bt.sizes());
   OUNCE_CHECK(states == nullptr || states->size() == blocks_.size(), "[lm] expected ",
               blocks_.size(), " states, got ", states == nullptr ? 0 : states->size());
-  auto residual = at::dropout(embed_->forward(tokens_bt), options_.dropout, is_training());
+  auto stream = embed_->forward(tokens_bt);
+  if (options_.embed_scale != 1) stream = stream * options_.embed_scale;
+  auto residual = at::dropout(stream, options_.dropout, is_training());
   at::Tensor delta;
   for (size_t i = 0; i < blocks_.size(); ++i) {
     context.state = states == nullptr ? nullptr : &(*states)[i];

@@ -21,7 +21,8 @@ struct LanguageModelOptions {
   Value norm = "rms_norm";
   Value loss = "cce";
   bool tie_embeddings = true;
-  double dropout = 0;  // on the embedding and on every branch before it joins the stream
+  double embed_scale = 1;  // of what enters the stream (Gemma: sqrt(dim)); embeddings start at 0.02
+  double dropout = 0;      // on the embedding and on every branch before it joins the stream
   std::string recompute =
       "none";  // none | block: keep only block boundaries, recompute in backward
 };

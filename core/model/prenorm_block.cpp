@@ -105,6 +105,7 @@ void register_models() {
                    "norm = { name = \"rms_norm\" }\n"
                    "loss = { name = \"cce\" }\n"
                    "tie_embeddings = true\n"
+                   "embed_scale = 1.0                  # sqrt(dim) calms the first steps\n"
                    "dropout = 0.0\n"
                    "recompute = \"none\"                # none | block\n",
        .parts = {{"block", "block"},
@@ -122,6 +123,7 @@ void register_models() {
         options.norm = *o.find("norm");
         options.loss = *o.find("loss");
         options.tie_embeddings = o.flag("tie_embeddings");
+        options.embed_scale = o.number("embed_scale");
         options.dropout = o.number_in("dropout", 0, 0.99);
         options.recompute = o.choice("recompute", {"none", "block"});
         return std::make_shared<LanguageModel>(options, context);

@@ -155,11 +155,21 @@ TEST(LanguageModel, TiedAndUntiedHeads) {
   EXPECT_TRUE(untied->named_parameters().contains("head.weight"));
 }
 
+TEST(LanguageModel, ScalesEmbeddings) {
+  auto plain = make_model(""), scaled = make_model("embed_scale = 4.0\n");
+  const torch::NoGradGuard no_grad;
+  plain->named_parameters()["embed.weight"].mul_(4);
+  const auto input = tokens(2, 9);
+  SequenceContext a, b;
+  EXPECT_TRUE(at::equal(plain->hidden(input, a), scaled->hidden(input, b)));
+}
+
 TEST(LanguageModel, RefusesBadOptions) {
   EXPECT_THROW(make_model("mixer = [\"gla\"]\n"), Error);
   EXPECT_THROW(make_model("mixer = { name = \"attention\", heads = 5 }\n"), Error);
   EXPECT_THROW(make_model("mixer = \"attentoin\"\n"), Error);
   EXPECT_THROW(make_model("recompute = \"all\"\n"), Error);
+  EXPECT_THROW(make_model("embed_scale = 0.0\n"), Error);
 }
 
 TEST(Generate, TopKAndSeeds) {
