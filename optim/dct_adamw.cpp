@@ -173,8 +173,7 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
   for (const auto& group : param_groups()) {
     settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
     const auto& o = settings_.back();
-    std::map<std::vector<int64_t>, std::vector<size_t>>
-        shapes;  // of what is projected, {} = others
+    std::map<std::vector<int64_t>, std::vector<size_t>> shapes;  // {}: of what is not projected
     for (const auto& parameter : group.params()) {
       const auto index = index_of(parameter);
       auto& slot = slots_[index];

@@ -51,7 +51,7 @@ struct Arguments {
   const float *lr, *skip;
   float decay, weight_decay, factor;
   int pairs, items, clusters, steps;
-  uint32_t rows, columns;
+  uint32_t columns;
 };
 
 // ---- fetching
@@ -365,7 +365,6 @@ cudaError_t backproject(const Backproject& p, cudaStream_t stream) {
   a.items = a.pairs * shape.count;
   // An even number: what lies outside is read as 0 and not written.
   a.steps = static_cast<int>((shape.columns + 2 * kColumns - 1) / (2 * kColumns) * 2);
-  a.rows = static_cast<uint32_t>(shape.rows);
   a.columns = static_cast<uint32_t>(shape.columns);
   const auto error = count_clusters(a.items, &a.clusters);
   if (error != cudaSuccess) return error;

@@ -18,7 +18,7 @@ for name; do
     *_124m)
       [ -e "$work/t_train.bin" ] ||
         python3 tests/bench/make_token_shards.py "$work/t" $(find "$include/ATen" "$include/c10" -maxdepth 3 -name '*.h' | sort)
-      set -- --set data.files="$work/t_train.bin" --set data.valid_files="$work/t_val.bin" --steps 100 --set data.batch=8 --set data.accumulate=1 \
+      set -- --set data.files="$work/t_train.bin" --set data.valid_files="$work/t_val.bin" --steps 100 \
         --set run.eval_every=0 --set run.final_eval_batches=8 --set checkpoint.every=0 --set run.sample_tokens=0
       ;;
     *) set -- --set data.files="$text" --set checkpoint.every=1000 ;;
