@@ -261,7 +261,10 @@ std::map<DctAdamW::Alike, DctAdamW::Batch> DctAdamW::fused_of(const std::vector<
 
 void DctAdamW::update(const StepControl& control) {
   const at::NoGradGuard no_grad;
-  for (size_t g = 0; g < param_groups().size(); ++g) {
+  for (size_t g = lists_.size(); g < param_groups().size(); ++g) {
+    for (const auto& parameter : param_groups()[g].params()) index_of(parameter);  // refuses it
+  }
+  for (size_t g = 0; g < lists_.size(); ++g) {
     const auto& o = settings_[g];
     const auto& group = static_cast<const GroupOptions&>(param_groups()[g].options());
     FusedSettings settings;
@@ -289,8 +292,13 @@ void DctAdamW::update(const StepControl& control) {
         keep_measured(slot.measured, measured[static_cast<int64_t>(i)], settings.skip);
       }
     };
-    for (const auto& list : lists_[g]) {
-      for (auto& [alike, batch] : fused_of(list, g, control)) step(alike, batch);
+    try {
+      for (const auto& list : lists_[g]) {
+        for (auto& [alike, batch] : fused_of(list, g, control)) step(alike, batch);
+      }
+    } catch (...) {
+      fused_.count(steps, settings);  // of what has stepped
+      throw;
     }
     fused_.count(steps, settings);
   }

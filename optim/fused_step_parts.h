@@ -38,9 +38,7 @@ inline const float* floats(const Tensor& t) {
 }
 
 inline Element element_of(const Tensor& t) {
-  return t.scalar_type() == at::kFloat  ? Element::kFp32
-         : t.scalar_type() == at::kChar ? Element::kInt8
-                                        : Element::kBf16;
+  return t.scalar_type() == at::kFloat ? Element::kFp32 : Element::kBf16;
 }
 inline RankBasis rank_basis(Basis basis) {
   return basis == Basis::kIdentity ? RankBasis::kIdentity : RankBasis::kDct2;

@@ -234,11 +234,12 @@ void check() {
                 static_cast<long long>(s.columns), s.right ? "right" : "left", s.rank);
   };
   const LowRankShape shapes[] = {
-      {300, 264, true, 256, 3}, {264, 296, false, 256, 1}, {520, 512, true, 256, 1},
-      {130, 136, true, 128, 1}, {136, 200, false, 128, 3}, {77, 72, true, 64, 3},
-      {72, 136, false, 64, 1},  {1000, 64, true, 48, 1},   {104, 328, false, 80, 3},
-      {400, 200, true, 192, 1}, {300, 400, true, 256, 2},  {272, 400, false, 256, 1},
-      {130, 144, true, 128, 1}, {300, 208, true, 112, 2},  {400, 208, true, 192, 1},
+      {300, 264, true, 256, 3},  {264, 296, false, 256, 1}, {520, 512, true, 256, 1},
+      {130, 136, true, 128, 1},  {136, 200, false, 128, 3}, {77, 72, true, 64, 3},
+      {72, 136, false, 64, 1},   {1000, 64, true, 48, 1},   {104, 328, false, 80, 3},
+      {400, 200, true, 192, 1},  {300, 400, true, 256, 2},  {272, 400, false, 256, 1},
+      {130, 144, true, 128, 1},  {300, 208, true, 112, 2},  {400, 208, true, 192, 1},
+      {136, 208, false, 128, 3}, {104, 336, false, 80, 3},  {400, 416, false, 192, 1},
   };
   for (const auto& s : shapes) {
     name(s);
@@ -277,10 +278,11 @@ void check() {
 
 // More tiles than blocks, so that each has several.
 void check_many() {
-  const LowRankShape shapes[] = {{520, 264, true, 256, 70}, {264, 520, false, 256, 70},
-                                 {600, 136, true, 128, 90}, {136, 600, false, 128, 90},
-                                 {600, 80, true, 64, 90},   {80, 592, false, 64, 140},
-                                 {600, 400, true, 256, 50}, {600, 144, true, 128, 90}};
+  const LowRankShape shapes[] = {{520, 264, true, 256, 70},  {264, 520, false, 256, 70},
+                                 {600, 136, true, 128, 90},  {136, 600, false, 128, 90},
+                                 {600, 80, true, 64, 90},    {80, 592, false, 64, 140},
+                                 {600, 400, true, 256, 50},  {600, 144, true, 128, 90},
+                                 {264, 528, false, 256, 70}, {136, 608, false, 128, 90}};
   for (const auto& s : shapes) {
     std::printf("%d x %lld x %lld:", s.count, static_cast<long long>(s.rows),
                 static_cast<long long>(s.columns));

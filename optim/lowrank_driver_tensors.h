@@ -163,7 +163,7 @@ struct Bytes {
     const auto got = scales.pull();
     double worst = 0;
     int64_t stray = 0;
-    bool kept = false;
+    bool kept = true;
     for (int i = 0; i < s.count; ++i) {
       auto x = product(s, u.of(i), q.of(i));
       std::vector<double> most(s.rows * blocks);
@@ -175,8 +175,9 @@ struct Bytes {
       for (int64_t k = 0; k < s.rows * s.columns; ++k) {
         const int64_t block = k / s.columns * blocks + k % s.columns / 128;
         const float scale = got[64 + i * scales.stride + block];
-        if (poisoned && i == 0 && block == 0) {
-          kept = std::isnan(scale);
+        // Of columns, one that is not finite is in the first block of every row.
+        if (poisoned && i == 0 && (s.right ? block == 0 : block % blocks == 0)) {
+          kept = kept && std::isnan(scale);
           continue;
         }
         worst = std::max(worst, std::fabs(scale * bytes[i * stride + k] - x[k]) / scale);

@@ -67,7 +67,7 @@ cudaError_t fill(const LowRankShape& shape, const ProjectTensors& tensors, Proje
 struct Project {
   LowRankShape shape;
   const ProjectMatrix* matrices = nullptr;  // device, [count]
-  bool rest = false;                        // what of all of them is asked for
+  bool rest = false;                        // exactly where fill() was given one, for all of them
   const float* skip = nullptr;              // device, a scalar: nonzero changes nothing
 };
 cudaError_t project(const Project& project, cudaStream_t stream);

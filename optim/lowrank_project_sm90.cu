@@ -2,8 +2,8 @@
 // a = x q^T on Hopper. A persistent product of tiles [128, rank], the whole rank at once, so that x
 // is read once; q comes from the L2 cache, half of each stage for both blocks of a cluster.
 //
-// Where what a leaves of x is asked for, x comes again behind a tile's last product, backwards,
-// while the L2 cache has some of it. Of rows, a is in registers then, as the left factor of a q. Of
+// Where what a leaves of x is asked for, x comes again behind a tile's last product, backwards, as
+// the L2 cache has most of its end. Of rows, a is in registers then, as the left factor of a q. Of
 // columns, both warpgroups lay theirs into shared memory, as the right factor of q^T a^T, and take
 // turns: so a warp has whole rows of what shares a scale.
 //

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What a product out of the subspace leaves of a matrix, in 8 bits, by warps that have 16 rows and
-// go along them in steps of 64 columns. For .cu files.
+// What a product out of the subspace leaves of a matrix, in 8 bits, by warps that have 16 rows of
+// the columns that share scales, in two halves. For .cu files.
 #pragma once
 
 #include <ounce/optim/lowrank_tiles.h>
@@ -9,7 +9,7 @@
 
 namespace ounce::optim::lowrank {
 
-// Neighbours of a row that share a scale are what a warp has in two steps.
+// Neighbours of a row that share a scale are those of both halves.
 static_assert(kInt8Block == 2 * kColumns);
 
 __device__ inline float larger(float x, float y) {  // a NaN is the largest
@@ -58,7 +58,7 @@ __device__ inline void scale_rows(float (&largest)[2], float (&inverse)[2], cons
   }
 }
 
-// A warp's rows of two steps -> bytes in `tile`, by 1 / scale of a thread's two rows.
+// A warp's rows of both halves -> bytes in `tile`, by 1 / scale of a thread's two rows.
 __device__ inline void narrow(const float (&first)[32], const float (&second)[32],
                               const float (&inverse)[2], uint32_t tile, int lane) {
   constexpr float kRound = 12582912;  // 1.5 * 2^23: in front of it, a rounded number's bits

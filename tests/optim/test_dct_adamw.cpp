@@ -266,6 +266,12 @@ TEST_P(DctAdamWOnDevice, SavedStateGoesOnBitForBit) {
   }
 }
 
+TEST(DctAdamW, ParametersThatComeLaterAreNamed) {
+  DctAdamW optimizer({{"table", torch::ones({4, 2}).requires_grad_()}}, small(1));
+  optimizer.add_param_group({{torch::ones({1}).requires_grad_()}});
+  EXPECT_OUNCE_ERROR(optimizer.step(), kUsage, "is not a parameter of this optimizer");
+}
+
 TEST_P(DctAdamWOnDevice, SkipsLeaveEveryBitAndScalesMultiply) {
   auto o = small(4);
   o.residual = Residual::kErrorFeedback;
