@@ -27,7 +27,7 @@ bool FusedSteps::takes(const FusedTensor& t, const FusedLowRank& how) {
          (!e.defined() || (e.is_contiguous() && is_aligned(e))) &&
          (!t.residual_scales.defined() ||
           (t.residual_scales.is_contiguous() && is_aligned(t.residual_scales) &&
-           e.numel() / e.size(0) % 16 == 0));
+           can_keep_rest(shape_of(t.parameter, how.transposed, t.indices.size(0), 1))));
 }
 
 void FusedSteps::count(const std::vector<Tensor>& steps, const FusedSettings& s) {
@@ -37,15 +37,8 @@ void FusedSteps::count(const std::vector<Tensor>& steps, const FusedSettings& s)
 }
 
 void FusedSteps::Impl::count(const std::vector<Tensor>& steps, const Tensor& skip) {
-  const auto& first = steps[0];
-  const auto* all =
-      table(first, Use::kCount).upload<float*>(pointers_of(steps), first.device(), [&] {
-        std::vector<float*> entries;
-        for (const auto& step : steps) entries.push_back(step.data_ptr<float>());
-        return entries;
-      });
-  C10_CUDA_CHECK(advance(all, static_cast<int>(steps.size()), floats(skip),
-                         c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(advance(places_of<float>(steps, Use::kCount), static_cast<int>(steps.size()),
+                         floats(skip), c10::cuda::getCurrentCUDAStream()));
 }
 
 void FusedSteps::adamw(const std::vector<FusedTensor>& tensors, const FusedSettings& s) {
@@ -226,15 +219,7 @@ void FusedSteps::Impl::select(const LowRankShape& shape, Choice& choice,
     return at::empty({shape.count, shape.rank}, choice.keys.options().dtype(at::kInt));
   };
   choice.indices = chosen();
-  int* const* lists = nullptr;
-  if (!previous.empty()) {
-    const auto& first = previous[0];
-    lists = table(first, Use::kLists).upload<int*>(pointers_of(previous), first.device(), [&] {
-      std::vector<int*> entries;
-      for (const auto& list : previous) entries.push_back(list.data_ptr<int>());
-      return entries;
-    });
-  }
+  int* const* lists = previous.empty() ? nullptr : places_of<int>(previous, Use::kLists);
   if (rotates) choice.source = chosen();
   C10_CUDA_CHECK(optim::select({.count = shape.count,
                                 .n = static_cast<int>(shape.n()),

@@ -170,6 +170,16 @@ struct FusedSteps::Impl {
   std::map<std::tuple<Basis, int64_t, int>, Tensor> bases;  // of a device
 
   Table& table(const Tensor& first, Use use) { return tables[{first.const_data_ptr(), use}]; }
+  // On their device, where tensors of type T are.
+  template <class T>
+  T* const* places_of(const std::vector<Tensor>& tensors, Use use) {
+    const auto& first = tensors[0];
+    return table(first, use).upload<T*>(pointers_of(tensors), first.device(), [&] {
+      std::vector<T*> all;
+      for (const auto& t : tensors) all.push_back(t.data_ptr<T>());
+      return all;
+    });
+  }
 
   // What is ranked of matrices, fp32 or bf16; `key` is the same at every step.
   RankBatch batch_of(const LowRankShape& shape, const Tensor& key,

@@ -29,13 +29,13 @@ LanguageModel::LanguageModel(const LanguageModelOptions& options, const Context&
     : options_(options) {
   OUNCE_CHECK(options.recompute == "none" || options.recompute == "block",
               "[lm] recompute: expected none or block, got '", options.recompute, "'");
+  OUNCE_CHECK(options.embed_scale > 0 && options.embed_scale <= 1e6,
+              "[lm] embed_scale: expected a positive number up to 1e6, got ", options.embed_scale);
   PartContext part{.dim = options.dim,
                    .layers = options.layers,
                    .max_length = context.max_length,
                    .dropout = options.dropout};
   embed_ = register_module("embed", nn::Embedding(context.vocab, options.dim));
-  OUNCE_CHECK(options.embed_scale > 0, "[lm] embed_scale: expected a positive number, got ",
-              options.embed_scale);
   auto list = register_module("blocks", std::make_shared<torch::nn::ModuleListImpl>());
   for (part.layer = 0; part.layer < options.layers; ++part.layer) {
     Block::Context block_context{

@@ -123,7 +123,7 @@ void register_models() {
         options.norm = *o.find("norm");
         options.loss = *o.find("loss");
         options.tie_embeddings = o.flag("tie_embeddings");
-        options.embed_scale = o.number_in("embed_scale", 0, 1e6);
+        options.embed_scale = o.number("embed_scale");
         options.dropout = o.number_in("dropout", 0, 0.99);
         options.recompute = o.choice("recompute", {"none", "block"});
         return std::make_shared<LanguageModel>(options, context);
