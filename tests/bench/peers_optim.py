@@ -143,6 +143,7 @@ def main():
     if arguments.peers:
         sys.path += [folder.path for folder in os.scandir(arguments.peers) if folder.is_dir()]
     torch.manual_seed(1)
+    torch.set_float32_matmul_precision("high")  # those with fp32 products (dion, GaLore) may use TF32
     parameters = model()
     tensors = [p.detach() for p in parameters] + [p.grad for p in parameters]
     start = [x.clone() for x in tensors]
