@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ounce/core/check.h>
+#include <ounce/kernels/common/implementation.h>
 #include <ounce/optim/dct.h>
 #include <ounce/optim/fused_step.h>
 #include <ounce/optim/named_optimizer.h>
@@ -221,16 +222,6 @@ inline at::Tensor residual_norm(const at::Tensor& held, const at::Tensor& all) {
   return (all - held).clamp_min(0).sqrt();
 }
 
-// Whether a step is fused: where it can be, unless the composed one is asked for.
-inline bool is_fused(const char* optimizer, const std::string& name, const at::Tensor& parameter,
-                     const std::string& implementation, bool takes) {
-  OUNCE_CHECK(takes || implementation != "fused", "[", optimizer, "] '", name, "' ",
-              parameter.scalar_type(), parameter.sizes(), " on ", parameter.device(),
-              ": expected what the fused step takes; optim/README.md lists it, 'auto' composes the "
-              "others");
-  return takes && implementation != "reference";
-}
-
 // A parameter's part of a fused AdamW step.
 template <class Slot, class O>
 FusedTensor fused_tensor(const at::Tensor& parameter, const Slot& slot, const O& o, size_t index) {
@@ -265,6 +256,15 @@ FusedSettings fused_settings(const StepControl& control, const NamedOptimizer::G
           .consume_gradients = control.consume_gradients};
 }
 
+// Whether AdamW's step of a parameter is fused. Optimizers ask at construction as well: it is there
+// that "fused" is refused, if it has to be, and "auto" warns.
+template <class Slot, class O>
+bool takes_fused_adamw(const char* optimizer, const std::string& name, const at::Tensor& parameter,
+                       const Slot& slot, const O& o) {
+  return takes_fused(optimizer, o.implementation, parameter,
+                     FusedSteps::why_not(fused_tensor(parameter, slot, o, 0)), name);
+}
+
 // A group's parameters that take a fused AdamW step, a launch for each kind.
 class FusedAdamWSteps {
  public:
@@ -272,11 +272,10 @@ class FusedAdamWSteps {
   template <class Slot, class O>
   bool take(const char* optimizer, const std::string& name, const at::Tensor& parameter,
             const Slot& slot, const O& o, size_t index) {
+    if (!takes_fused_adamw(optimizer, name, parameter, slot, o)) return false;
     auto tensor = fused_tensor(parameter, slot, o, index);
-    const bool fused =
-        is_fused(optimizer, name, parameter, o.implementation, FusedSteps::takes(tensor));
-    if (fused) kinds_[kind_of(tensor)].push_back(std::move(tensor));
-    return fused;
+    kinds_[kind_of(tensor)].push_back(std::move(tensor));
+    return true;
   }
   // settings(device)
   template <class F>

@@ -183,7 +183,10 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
       const auto projection = projection_of("dct_adamw", name_of(parameter), parameter, o);
       make_moments(slot, moment_sizes(parameter, projection), fresh);
       shapes[projection ? parameter.sizes().vec() : std::vector<int64_t>()].push_back(index);
-      if (!projection) continue;
+      if (!projection) {
+        fuses(index, tensor_of(index));
+        continue;
+      }
       check_basis("dct_adamw", name_of(parameter), parameter, o.basis, projection->n);
       slot.transposed = projection->transposed;
       slot.indices = at::arange(projection->rank, fresh.dtype(at::kInt));
@@ -200,6 +203,7 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
         }
       }
       if (o.residual == Residual::kFira) slot.residual_norm = at::zeros({}, exact);
+      fuses(index, tensor_of(index));
     }
     auto& lists = lists_.emplace_back();
     for (auto& [sizes, list] : shapes) lists.push_back(std::move(list));
@@ -232,12 +236,8 @@ std::map<DctAdamW::Alike, DctAdamW::Batch> DctAdamW::fused_of(const std::vector<
     const auto& [name, parameter] = parameters()[index];
     auto& slot = slots_[index];
     if (!has_gradient("dct_adamw", name, parameter, slot.exp_avg)) continue;
-    auto tensor = fused_tensor(parameter, slot, o, index);
-    tensor.indices = slot.indices;
-    tensor.residual = slot.residual;
-    tensor.residual_scales = slot.residual_scales;
-    if (!is_fused("dct_adamw", name, parameter, o.implementation,
-                  !slot.pending.defined() && takes(tensor, slot, o))) {
+    auto tensor = tensor_of(index);
+    if (!fuses(index, tensor)) {
       const auto exact = step_type("dct_adamw", name, parameter);
       Step{{control, group, parameter, exact}, o}(parameter, slot, index);
       continue;
@@ -346,10 +346,28 @@ NamedOptimizer::Statistics DctAdamW::statistics() const {
           {"residual_norm", residual_norm(held, total)}};
 }
 
-bool DctAdamW::takes(const FusedTensor& tensor, const Slot& slot, const DctAdamWOptions& o) {
-  if (!slot.indices.defined()) return FusedSteps::takes(tensor);
-  return (o.residual == Residual::kNone || o.residual == Residual::kErrorFeedback) &&
-         FusedSteps::takes(tensor, {.basis = o.basis, .transposed = slot.transposed});
+FusedTensor DctAdamW::tensor_of(size_t index) const {
+  const auto& slot = slots_[index];
+  auto tensor = fused_tensor(parameters()[index].second, slot, settings_[slot.group], index);
+  tensor.indices = slot.indices;
+  tensor.residual = slot.residual;
+  tensor.residual_scales = slot.residual_scales;
+  return tensor;
+}
+
+bool DctAdamW::fuses(size_t index, const FusedTensor& tensor) const {
+  const auto& [name, parameter] = parameters()[index];
+  const auto& slot = slots_[index];
+  const auto& o = settings_[slot.group];
+  const auto why_not = [&]() -> std::string {
+    if (!slot.indices.defined()) return FusedSteps::why_not(tensor);
+    if (o.residual == Residual::kSign || o.residual == Residual::kFira) {
+      return "residual = " + kResiduals[static_cast<size_t>(o.residual)];
+    }
+    if (slot.pending.defined()) return "projected gradients that add up";
+    return FusedSteps::why_not(tensor, {.basis = o.basis, .transposed = slot.transposed});
+  };
+  return takes_fused("dct_adamw", o.implementation, parameter, why_not(), name);
 }
 
 Tensor DctAdamW::indices_of(const Tensor& parameter) const {

@@ -64,7 +64,8 @@ struct DctAdamWOptions {
   // auto | fused | reference. Fused: on a Hopper GPU, a few launches for all parameters of a shape;
   // it takes fp32 and bf16, the bases dct2 and identity, ranks of 16 n up to 256, sides of 8 n that
   // have no prime factor over 11 where they are projected, and as residual kErrorFeedback alone, in
-  // kInt8 of rows of 16 n. "fused" throws for others, "auto" composes them.
+  // kInt8 of rows of 16 n. At construction "fused" throws for others, with Fault::kUsage; on a GPU
+  // "auto" warns once a reason (OUNCE_STRICT=1: throws) and composes them.
   std::string implementation = "auto";
   std::vector<NamedOptimizer::GroupRule> groups = {};
 };
@@ -131,7 +132,8 @@ class DctAdamW : public NamedOptimizer {
   // Those of `list` that take a fused step; the others step.
   std::map<Alike, Batch> fused_of(const std::vector<size_t>& list, size_t group_index,
                                   const StepControl& control);
-  static bool takes(const FusedTensor& tensor, const Slot& slot, const DctAdamWOptions& options);
+  FusedTensor tensor_of(size_t index) const;
+  bool fuses(size_t index, const FusedTensor& tensor) const;  // as takes_fused()
   static Columns next_columns(Slot& slot, const at::Tensor& g, const DctAdamWOptions& options);
 
   std::vector<Slot> slots_;                // as parameters()

@@ -82,6 +82,9 @@ FusedAdamW::FusedAdamW(NamedParameters parameters, const AdamWOptions& options)
       OUNCE_CHECK(!is_rounded(parameter, slot.exp_avg) || (!o.amsgrad && !o.maximize), "[adamw] '",
                   name_of(parameter),
                   "': expected neither amsgrad nor maximize with bf16 parameters or moments");
+      if (is_rounded(parameter, slot.exp_avg)) {
+        takes_fused_adamw("adamw", name_of(parameter), parameter, slot, o);
+      }
     }
   }
 }

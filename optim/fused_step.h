@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace ounce::optim {
@@ -69,11 +70,11 @@ class FusedSteps {
   FusedSteps();
   ~FusedSteps();
 
-  // Whether adamw() and, of a matrix that is projected, low_rank() take it.
-  static bool takes(const FusedTensor& tensor);
-  static bool takes(const FusedTensor& tensor, const FusedLowRank& how);
-
-  static bool takes(const FusedMomentum& matrix, const FusedTrion& how);
+  // What keeps it from adamw() and, of a matrix that is projected, from low_rank(), and from
+  // trion(); "" = nothing. An undefined gradient counts as one that has not come yet.
+  static std::string why_not(const FusedTensor& tensor);
+  static std::string why_not(const FusedTensor& tensor, const FusedLowRank& how);
+  static std::string why_not(const FusedMomentum& matrix, const FusedTrion& how);
 
   // Tensors of the same dtypes, whose steps it counts.
   void adamw(const std::vector<FusedTensor>& tensors, const FusedSettings& settings);

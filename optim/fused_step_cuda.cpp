@@ -15,19 +15,21 @@ Tensor Choice::measured(const Tensor& scale) const {
 FusedSteps::FusedSteps() : impl_(std::make_unique<Impl>()) {}
 FusedSteps::~FusedSteps() = default;
 
-bool FusedSteps::takes(const FusedTensor& t) {
-  return is_hopper(t.parameter.device()) && is_known(t.parameter.scalar_type()) &&
-         t.gradient.scalar_type() == t.parameter.scalar_type() && t.parameter.is_contiguous() &&
-         is_known(t.exp_avg.scalar_type());
+std::string FusedSteps::why_not(const FusedTensor& t) {
+  return refusal_of(t.parameter, t.gradient, t.exp_avg);
 }
 
-bool FusedSteps::takes(const FusedTensor& t, const FusedLowRank& how) {
-  const auto& e = t.residual;
-  return takes(t) && projects(t.parameter, how.basis, how.transposed, t.indices.size(0)) &&
-         (!e.defined() || (e.is_contiguous() && is_aligned(e))) &&
-         (!t.residual_scales.defined() ||
-          (t.residual_scales.is_contiguous() && is_aligned(t.residual_scales) &&
-           can_keep_rest(shape_of(t.parameter, how.transposed, t.indices.size(0), 1))));
+std::string FusedSteps::why_not(const FusedTensor& t, const FusedLowRank& how) {
+  if (auto refusal = why_not(t); !refusal.empty()) return refusal;
+  const auto shape = shape_of(t.parameter, how.transposed, t.indices.size(0), 1);
+  if (auto refusal = refusal_of(shape, how.basis); !refusal.empty()) return refusal;
+  if (t.residual_scales.defined() && !can_keep_rest(shape)) {
+    return c10::str("int8 residuals of rows of ", shape.columns, ", which are not 16 n long");
+  }
+  const auto fits = [](const Tensor& x) {
+    return !x.defined() || (x.is_contiguous() && is_aligned(x));
+  };
+  return fits(t.parameter) && fits(t.residual) && fits(t.residual_scales) ? "" : kNotAligned;
 }
 
 void FusedSteps::count(const std::vector<Tensor>& steps, const FusedSettings& s) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <ounce/core/check.h>
+#include <ounce/kernels/common/implementation.h>
 #include <ounce/optim/fused_step.h>
 
 namespace ounce::optim {
@@ -9,9 +10,9 @@ struct FusedSteps::Impl {};
 FusedSteps::FusedSteps() = default;
 FusedSteps::~FusedSteps() = default;
 
-bool FusedSteps::takes(const FusedTensor&) { return false; }
-bool FusedSteps::takes(const FusedTensor&, const FusedLowRank&) { return false; }
-bool FusedSteps::takes(const FusedMomentum&, const FusedTrion&) { return false; }
+std::string FusedSteps::why_not(const FusedTensor&) { return kNotBuilt; }
+std::string FusedSteps::why_not(const FusedTensor&, const FusedLowRank&) { return kNotBuilt; }
+std::string FusedSteps::why_not(const FusedMomentum&, const FusedTrion&) { return kNotBuilt; }
 
 void FusedSteps::adamw(const std::vector<FusedTensor>&, const FusedSettings&) {
   fail(Fault::kProblem, "[optim] the fused step is not built");

@@ -26,9 +26,6 @@ using at::Tensor;
 
 inline constexpr int64_t kScratchBytes = int64_t{512} << 20;
 
-inline bool is_hopper(const at::Device& device) {
-  return device.is_cuda() && at::cuda::getDeviceProperties(device.index())->major == 9;
-}
 inline bool is_known(at::ScalarType type) { return type == at::kFloat || type == at::kBFloat16; }
 inline bool is_aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
@@ -141,16 +138,41 @@ inline LowRankShape shape_of(const Tensor& first, bool transposed, int64_t rank,
           .count = static_cast<int>(count)};
 }
 
-// Whether a matrix of this shape has a fused ranking and projection.
-inline bool projects(const Tensor& parameter, Basis basis, bool transposed, int64_t rank) {
-  if (basis != Basis::kDct2 && basis != Basis::kIdentity) return false;
-  const auto rows = parameter.size(0), columns = parameter.numel() / rows;
-  const auto n = transposed ? rows : columns;
-  constexpr int64_t kMostProjected = 8192, kMostLonger = int64_t{1} << 30;
-  return columns % 8 == 0 && n % 8 == 0 && rank % 16 == 0 && rank <= 256 && n <= kMostProjected &&
-         rows + columns - n < kMostLonger && rows * columns < int64_t{1} << 32 &&
-         is_aligned(parameter) && can_rank(rank_basis(basis), n);
+// What keeps tensors from any fused step; "" = nothing.
+inline std::string refusal_of(const Tensor& parameter, const Tensor& gradient,
+                              const Tensor& state) {
+  const auto device = parameter.device();
+  if (!device.is_cuda()) return c10::str("tensors on ", device);
+  if (at::cuda::getDeviceProperties(device.index())->major != 9) {
+    return "a GPU that is not of the Hopper generation";
+  }
+  if (!is_known(parameter.scalar_type())) return c10::str("weights in ", parameter.scalar_type());
+  if (!is_known(state.scalar_type())) return c10::str("moments in ", state.scalar_type());
+  if (gradient.defined() && gradient.scalar_type() != parameter.scalar_type()) {
+    return c10::str("gradients in ", gradient.scalar_type());
+  }
+  return parameter.is_contiguous() ? "" : "weights that are not contiguous";
 }
+// What keeps matrices of this shape from a fused ranking and projection; "" = nothing.
+inline std::string refusal_of(const LowRankShape& shape, Basis basis) {
+  constexpr int64_t kMostRank = 256, kMostProjected = 8192, kMostLonger = int64_t{1} << 30;
+  if (basis != Basis::kDct2 && basis != Basis::kIdentity) return c10::str("basis ", text(basis));
+  if (shape.rank % 16 != 0 || shape.rank > kMostRank) {
+    return c10::str("rank ", shape.rank, ", which is not 16 n up to ", kMostRank);
+  }
+  const auto n = shape.n();
+  if (shape.columns % 8 != 0 || n % 8 != 0) {
+    return c10::str("sides ", shape.rows, " and ", shape.columns, ", which are not 8 n");
+  }
+  if (n > kMostProjected || !can_rank(rank_basis(basis), n)) {
+    return c10::str("a projected side of ", n, ", over ", kMostProjected,
+                    " or with a prime factor over 11");
+  }
+  return shape.longer() < kMostLonger && shape.rows * shape.columns < int64_t{1} << 32
+             ? ""
+             : "a matrix of 2^32 weights";
+}
+inline constexpr const char* kNotAligned = "tensors that are not aligned to 16 bytes";
 
 struct FusedSteps::Impl {
   // Tables by the first tensor's memory and by what they are for.

@@ -160,12 +160,14 @@ Tensor low_rank_step(Impl& impl, std::span<const FusedMomentum> matrices, const 
 
 }  // namespace
 
-bool FusedSteps::takes(const FusedMomentum& m, const FusedTrion& how) {
-  const bool known = is_hopper(m.parameter.device()) && is_known(m.parameter.scalar_type()) &&
-                     m.gradient.scalar_type() == m.parameter.scalar_type() &&
-                     is_known(m.momentum.scalar_type()) && m.parameter.is_contiguous();
-  return known && (how.rank == 0 || (projects(m.parameter, how.basis, how.transposed, how.rank) &&
-                                     is_aligned(m.momentum)));
+std::string FusedSteps::why_not(const FusedMomentum& m, const FusedTrion& how) {
+  if (auto refusal = refusal_of(m.parameter, m.gradient, m.momentum); !refusal.empty()) {
+    return refusal;
+  }
+  if (how.rank == 0) return "";
+  const auto shape = shape_of(m.parameter, how.transposed, how.rank, 1);
+  if (auto refusal = refusal_of(shape, how.basis); !refusal.empty()) return refusal;
+  return is_aligned(m.parameter) && is_aligned(m.momentum) ? "" : kNotAligned;
 }
 
 Tensor FusedSteps::trion(std::vector<FusedMomentum> matrices, const FusedTrion& how,

@@ -83,7 +83,10 @@ GaLore::GaLore(NamedParameters parameters, const GaLoreOptions& options)
       const auto projection =
           projection_of("galore", name_of(parameter), parameter, settings_.back());
       make_moments(slot, moment_sizes(parameter, projection), fresh);
-      if (!projection) continue;
+      if (!projection) {
+        takes_fused_adamw("galore", name_of(parameter), parameter, slot, settings_.back());
+        continue;
+      }
       slot.transposed = projection->transposed;
       slot.basis = at::eye(projection->n, projection->rank,
                            fresh.dtype(step_type("galore", name_of(parameter), parameter)));

@@ -86,6 +86,7 @@ Trion::Trion(const char* name, NamedParameters parameters, const Options& option
           state_type(name, full_name, parameter, o.state_dtype));
       if (takes_adamw(full_name, parameter, o)) {
         make_moments(slot, parameter.sizes(), fresh);
+        takes_fused_adamw(name, full_name, parameter, slot, o);
         continue;
       }
       slot.step = at::zeros({}, fresh.dtype(at::kFloat));
@@ -113,7 +114,48 @@ Trion::Trion(const char* name, NamedParameters parameters, const Options& option
       }
     }
   }
-  for (auto& [key, bucket] : buckets) buckets_.push_back(std::move(bucket));
+  for (auto& [key, bucket] : buckets) {
+    const auto how = fused_trion(bucket);
+    for (const auto& piece : bucket.pieces) {
+      fuses(bucket, piece.parameter, matrix_of(bucket, piece), how);
+    }
+    buckets_.push_back(std::move(bucket));
+  }
+}
+
+FusedTrion Trion::fused_trion(const Bucket& bucket) const {
+  const auto& o = settings_[bucket.group];
+  const auto rank = rank_of(bucket.rows, bucket.columns, o);
+  return {.rank = rank == std::min(bucket.rows, bucket.columns) ? 0 : rank,
+          .basis = o.basis,
+          .norm = o.norm,
+          .transposed = !projects_columns(bucket.rows, bucket.columns, o.side),
+          .momentum = o.momentum,
+          .nesterov = o.nesterov,
+          .ns_steps = o.ns_steps,
+          .iteration = o.iteration,
+          .factor = scale_of(bucket.rows, bucket.columns, o.scale),
+          .measures = o.statistics};
+}
+
+FusedMomentum Trion::matrix_of(const Bucket& bucket, const Bucket::Piece& piece) const {
+  const auto& parameter = parameters()[piece.parameter].second;
+  const auto& slot = slots_[piece.parameter];
+  const auto part = [&](const Tensor& t) {
+    return !t.defined() || bucket.rows == t.size(0) ? t : t.narrow(0, piece.from, bucket.rows);
+  };
+  return {.parameter = part(parameter),
+          .gradient = part(parameter.grad()),
+          .momentum = part(slot.momentum),
+          .step = slot.step,
+          .seed = seed_of(settings_[bucket.group].seed, piece.stream)};
+}
+
+bool Trion::fuses(const Bucket& bucket, size_t index, const FusedMomentum& matrix,
+                  const FusedTrion& how) const {
+  const auto& [name, parameter] = parameters()[index];
+  return takes_fused(name_, settings_[bucket.group].implementation, parameter,
+                     FusedSteps::why_not(matrix, how), name);
 }
 
 void Trion::orthonormal_step(const Bucket& bucket, size_t from, size_t to,
@@ -256,18 +298,7 @@ Trion::Bucket Trion::fused_step(const Bucket& bucket, const StepControl& control
                                 Measured& measured) {
   const auto& o = settings_[bucket.group];
   const auto& group = static_cast<const GroupOptions&>(param_groups()[bucket.group].options());
-  const auto rank = rank_of(bucket.rows, bucket.columns, o);
-  FusedTrion how{.rank = rank,
-                 .basis = o.basis,
-                 .norm = o.norm,
-                 .transposed = !projects_columns(bucket.rows, bucket.columns, o.side),
-                 .momentum = o.momentum,
-                 .nesterov = o.nesterov,
-                 .ns_steps = o.ns_steps,
-                 .iteration = o.iteration,
-                 .factor = scale_of(bucket.rows, bucket.columns, o.scale),
-                 .measures = o.statistics};
-  if (rank == std::min(bucket.rows, bucket.columns)) how.rank = 0;
+  const auto how = fused_trion(bucket);
   auto rest = bucket;
   rest.pieces.clear();
   struct Batch {
@@ -279,15 +310,8 @@ Trion::Bucket Trion::fused_step(const Bucket& bucket, const StepControl& control
     const auto& [name, parameter] = parameters()[piece.parameter];
     auto& slot = slots_[piece.parameter];
     if (!has_gradient(name_, name, parameter, slot.step)) continue;
-    const auto part = [&](const Tensor& t) {
-      return bucket.rows == t.size(0) ? t : t.narrow(0, piece.from, bucket.rows);
-    };
-    const FusedMomentum matrix{.parameter = part(parameter),
-                               .gradient = part(parameter.grad()),
-                               .momentum = part(slot.momentum),
-                               .step = slot.step,
-                               .seed = seed_of(o.seed, piece.stream)};
-    if (is_fused(name_, name, parameter, o.implementation, FusedSteps::takes(matrix, how))) {
+    const auto matrix = matrix_of(bucket, piece);
+    if (fuses(bucket, piece.parameter, matrix, how)) {
       auto& [matrices, indices] = fused[matrix.momentum.scalar_type()];
       matrices.push_back(matrix);
       indices.push_back(piece.parameter);

@@ -109,6 +109,11 @@ class Trion : public NamedOptimizer {
     int64_t rows, columns;
     std::vector<Piece> pieces;
   };
+  FusedTrion fused_trion(const Bucket& bucket) const;
+  FusedMomentum matrix_of(const Bucket& bucket, const Bucket::Piece& piece) const;
+  // As takes_fused(); index: of the matrix's parameter.
+  bool fuses(const Bucket& bucket, size_t index, const FusedMomentum& matrix,
+             const FusedTrion& how) const;
   using Measured = std::map<size_t, at::Tensor>;  // of parameters, in this step
   Bucket fused_step(const Bucket& bucket, const StepControl& control, Measured& measured);
   void update_group(size_t group, const StepControl& control,

@@ -21,13 +21,17 @@ inline void check_implementation(const char* op, std::string_view how) {
 // Whether a call, of a name that was checked, takes the fused path. `why_not` says what keeps this
 // call from it; "" = nothing. "fused" throws then. Whoever has a GPU and asks for "auto" expects
 // the fused path: one warning for each reason says that it is not taken, and with OUNCE_STRICT=1
-// this throws.
+// this throws. `name`: of x, if it has one.
 inline bool takes_fused(const char* op, std::string_view how, const at::Tensor& x,
-                        const std::string& why_not) {
+                        const std::string& why_not, std::string_view name = {}) {
   if (how == "reference") return false;
   if (why_not.empty()) return true;
-  OUNCE_CHECK(how != "fused", "[", op, "] expected a call that the fused path takes, got ", why_not,
-              "; use 'auto' or 'reference'");
+  const auto message = [&](const char* what_then) {
+    const auto of = name.empty() ? "" : c10::str("'", name, "' ", x.scalar_type(), x.sizes(), ": ");
+    return c10::str("[", op, "] ", of, "expected what the fused path takes, got ", why_not,
+                    what_then);
+  };
+  OUNCE_CHECK(how != "fused", message("; use 'auto' or 'reference'"));
   if (!x.is_cuda()) return false;
   static std::mutex mutex;
   static std::set<std::string> said;
@@ -35,11 +39,10 @@ inline bool takes_fused(const char* op, std::string_view how, const at::Tensor& 
   const char* strict = std::getenv("OUNCE_STRICT");
   const bool throws = strict != nullptr && std::string_view(strict) == "1";
   if (!throws && !said.insert(op + why_not).second) return false;
-  const auto message =
-      c10::str("[", op, "] expected a call that the fused path takes, got ", why_not,
-               "; the composed path runs, which implementation = 'reference' asks for");
-  OUNCE_CHECK(!throws, message);
-  TORCH_WARN(message);
+  const auto composed =
+      message("; the composed path runs, which implementation = 'reference' asks for");
+  OUNCE_CHECK(!throws, composed);
+  TORCH_WARN(composed);
   return false;
 }
 

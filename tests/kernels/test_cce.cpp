@@ -404,7 +404,7 @@ TEST_P(Cce, AutocastCastsHiddenAndKeepsTheWeight) {
 TEST_P(Cce, StrictRefusesToFallBackOnAGpu) {
   auto c = random_case({4}, 4, 5, false).as(at::kFloat);
   setenv("OUNCE_STRICT", "1", 1);
-  if (on_gpu()) EXPECT_OUNCE_ERROR(c.run(), kUsage, "expected a call that the fused path takes");
+  if (on_gpu()) EXPECT_OUNCE_ERROR(c.run(), kUsage, "expected what the fused path takes");
   if (on_gpu()) c.options.implementation("reference");
   EXPECT_NO_THROW(c.run());
   unsetenv("OUNCE_STRICT");

@@ -282,7 +282,7 @@ TEST(CceErrors, EachNamesWhatIsWrong) {
          [](CceCase& c) { c.options.workspace_bytes(-2); });
   expect("expected accum = float32, got BFloat16",
          [](CceCase& c) { c.options.accum(at::kBFloat16); });
-  expect("expected a call that the fused path takes, got ",
+  expect("expected what the fused path takes, got ",
          [](CceCase& c) { c.options.implementation("fused"); });
   expect("expected implementation = auto, fused or reference, got 'best'",
          [](CceCase& c) { c.options.implementation("best"); });

@@ -312,7 +312,7 @@ TEST_F(GlaOnCpu, BadInput) {
   });
   refuse("clamp_min <= 0", [](Call& c) { c.options.clamp_min = 1; });
   refuse("gate_normalizer > 0", [](Call& c) { c.options.gate_normalizer = 0; });
-  refuse("a call that the fused path takes, got a build without one",
+  refuse("expected what the fused path takes, got a build without one",
          [](Call& c) { c.options.implementation = "fused"; });
   refuse("auto, fused or reference", [](Call& c) { c.options.implementation = "triton"; });
   auto two = make(2, 8, 2, 4, 6, 1, at::kFloat);

@@ -203,31 +203,59 @@ TEST_P(FusedStep, TrionOfAFusedProjection) {
   EXPECT_LE(pair.difference(before), 8e-2);
 }
 
+// At construction: what it would have to wait for a gradient to see is that gradient's dtype.
 TEST_P(FusedStep, RefusesByNameWhatItDoesNotTake) {
-  const auto refuses = [&](DctAdamWOptions o, const Tensor& p) {
+  const auto refuses = [&](DctAdamWOptions o, const Tensor& p, const char* why) {
     o.implementation = "fused";
-    DctAdamW optimizer(std::vector<Tensor>{p}, o);
-    p.mutable_grad() = torch::ones_like(p);
-    EXPECT_OUNCE_ERROR(optimizer.step(), kUsage, "expected what the fused step takes");
+    EXPECT_OUNCE_ERROR(DctAdamW(NamedParameters{{"w", p}}, o), kUsage,
+                       c10::str("[dct_adamw] 'w' ", p.scalar_type(), p.sizes(),
+                                ": expected what the fused path takes, got ", why));
   };
   const auto matrix = [&](int64_t rows, int64_t columns) {
     return torch::randn({rows, columns}, torch::device(device())).requires_grad_();
   };
   DctAdamWOptions o;
   o.rank = 16;
-  refuses(o, matrix(100, 52));           // rows of 8 n
-  refuses(o, matrix(13 * 64, 13 * 16));  // a transform of 2, 3, 5, 7 and 11
-  refuses(o, torch::randn({64, 64}).requires_grad_());
+  refuses(o, matrix(100, 52), "sides 100 and 52, which are not 8 n");
+  refuses(o, matrix(13 * 64, 13 * 16), "a projected side of 208");
+  refuses(o, torch::randn({64, 64}).requires_grad_(), "tensors on cpu");
+  o.basis = Basis::kHadamard;
+  refuses(o, matrix(64, 64), "basis hadamard");
+  o.basis = Basis::kDct2;
   o.rank = 20;
-  refuses(o, matrix(64, 64));
+  refuses(o, matrix(64, 64), "rank 20");
   o.rank = 16;
   o.residual = Residual::kSign;
-  refuses(o, matrix(64, 64));
+  refuses(o, matrix(64, 64), "residual = sign");
   o.residual = Residual::kFira;
-  refuses(o, matrix(64, 64));
+  refuses(o, matrix(64, 64), "residual = fira");
   o.residual = Residual::kErrorFeedback;
   o.residual_type = ResidualType::kInt8;
-  refuses(o, matrix(80, 72));  // rows of 16 n
+  refuses(o, matrix(80, 72), "int8 residuals of rows of 72");
+}
+
+struct Said : c10::WarningHandler {
+  void process(const c10::Warning& warning) override { all.push_back(warning.msg()); }
+  std::vector<std::string> all;
+};
+
+// Whoever has the GPU and does not ask for the composed step is told that it is what runs.
+TEST_P(FusedStep, SaysWhatAutoComposes) {
+  const auto p = torch::randn({64, 64}, torch::device(device())).requires_grad_();
+  DctAdamWOptions o;
+  o.rank = 24;
+  Said said;
+  {
+    const c10::WarningUtils::WarningHandlerGuard guard(&said);
+    for (int i = 0; i < 2; ++i) DctAdamW(std::vector<Tensor>{p}, o);
+  }
+  ASSERT_EQ(said.all.size(), 1);
+  EXPECT_NE(said.all[0].find("got rank 24"), std::string::npos) << said.all[0];
+  setenv("OUNCE_STRICT", "1", 1);
+  EXPECT_OUNCE_ERROR(DctAdamW(std::vector<Tensor>{p}, o), kUsage, "got rank 24");
+  o.implementation = "reference";
+  const DctAdamW asked_for(std::vector<Tensor>{p}, o);
+  unsetenv("OUNCE_STRICT");
 }
 
 }  // namespace

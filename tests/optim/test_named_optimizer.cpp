@@ -8,11 +8,13 @@
 #include <sstream>
 
 #include "support/expect_error.h"
+#include "support/registered_optimizers.h"
 
 namespace {
 
 using ounce::glob_matches;
 using ounce::Options;
+using ounce::registry;
 using ounce::optim::AdamWOptions;
 using ounce::optim::FusedAdamW;
 using ounce::optim::named_parameters;
@@ -150,6 +152,24 @@ TEST(NamedOptimizer, BadGroupsAndParametersAreNamed) {
   FusedAdamW optimizer(std::vector<at::Tensor>{leaf({2, 3})});
   EXPECT_OUNCE_ERROR(optimizer.name_of(leaf({5})), kUsage,
                      "[5] is not a parameter of this optimizer");
+}
+
+// Not at the first step, when a run has begun.
+TEST(NamedOptimizer, FusedIsRefusedAtConstruction) {
+  ounce::test::register_optimizers_once();
+  const auto refused = [](const char* name, const NamedParameters& parameters) {
+    const auto options =
+        Options::parse(c10::str("name = \"", name, "\"\nimplementation = \"fused\""), "test");
+    EXPECT_OUNCE_ERROR(registry<NamedOptimizer>().make(options, {parameters}), kUsage,
+                       c10::str("[", name, "] 'w' BFloat16", parameters[0].second.sizes(),
+                                ": expected what the fused path takes, got "));
+  };
+  for (const auto* name : {"adamw", "dct_adamw", "trion", "muon"}) {
+    refused(name, {{"w", leaf({64, 64}).to(at::kBFloat16).detach().requires_grad_()}});
+  }
+  for (const auto* name : {"dct_adamw", "galore", "trion"}) {  // what AdamW steps
+    refused(name, {{"w", leaf({64}).to(at::kBFloat16).detach().requires_grad_()}});
+  }
 }
 
 // LibTorch keys state by position: loading it into the same parameters in another order swaps the
