@@ -122,6 +122,24 @@ std::optional<Projection> projection_of(const char* optimizer, const std::string
   return Projection{n, rows + columns - n, rank, transposed};
 }
 
+// At the end of construction, `projected` being how many are: who asks for a low rank should not
+// get AdamW of everything unawares.
+template <class O>
+void warn_of_no_projection(const char* optimizer, const NamedParameters& parameters,
+                           const std::vector<O>& settings, size_t projected) {
+  const auto is_matrix = [](const auto& p) { return p.second.dim() > 1 && p.second.numel() > 0; };
+  const auto asks =
+      std::find_if(settings.begin(), settings.end(), [](const O& o) { return o.project; });
+  if (projected > 0 || asks == settings.end() ||
+      std::none_of(parameters.begin(), parameters.end(), is_matrix)) {
+    return;
+  }
+  TORCH_WARN("[", optimizer,
+             "] no matrix is projected, all take AdamW: expected a smaller side of at least ",
+             asks->min_dim > 0 ? asks->min_dim : 2 * asks->rank, " and a larger one of at most ",
+             asks->max_dim, "; choose a smaller rank or min_dim");
+}
+
 // Of a parameter or of its projection.
 inline std::vector<int64_t> moment_sizes(const at::Tensor& parameter,
                                          const std::optional<Projection>& projection) {

@@ -170,6 +170,7 @@ struct DctAdamW::Step : ComposedStep {
 DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
     : NamedOptimizer(std::move(parameters), to_options(options), options.groups) {
   slots_.resize(this->parameters().size());
+  size_t projected = 0;
   for (const auto& group : param_groups()) {
     settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
     const auto& o = settings_.back();
@@ -187,6 +188,7 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
         fuses(index, tensor_of(index));
         continue;
       }
+      ++projected;
       check_basis("dct_adamw", name_of(parameter), parameter, o.basis, projection->n);
       slot.transposed = projection->transposed;
       slot.indices = at::arange(projection->rank, fresh.dtype(at::kInt));
@@ -210,6 +212,7 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
     std::stable_sort(lists.begin(), lists.end(),
                      [](const auto& a, const auto& b) { return a.size() < b.size(); });
   }
+  warn_of_no_projection("dct_adamw", this->parameters(), settings_, projected);
 }
 
 struct DctAdamW::Batch {

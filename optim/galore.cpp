@@ -74,6 +74,7 @@ Tensor leading_vectors(const Tensor& g, int64_t rank, Subspace subspace, int64_t
 GaLore::GaLore(NamedParameters parameters, const GaLoreOptions& options)
     : NamedOptimizer(std::move(parameters), to_options(options), options.groups) {
   slots_.resize(this->parameters().size());
+  size_t projected = 0;
   for (const auto& group : param_groups()) {
     settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
     for (const auto& parameter : group.params()) {
@@ -87,11 +88,13 @@ GaLore::GaLore(NamedParameters parameters, const GaLoreOptions& options)
         takes_fused_adamw("galore", name_of(parameter), parameter, slot, settings_.back());
         continue;
       }
+      ++projected;
       slot.transposed = projection->transposed;
       slot.basis = at::eye(projection->n, projection->rank,
                            fresh.dtype(step_type("galore", name_of(parameter), parameter)));
     }
   }
+  warn_of_no_projection("galore", this->parameters(), settings_, projected);
 }
 
 void GaLore::update(const StepControl& control) {

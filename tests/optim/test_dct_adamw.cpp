@@ -13,6 +13,7 @@
 #include "support/registered_optimizers.h"
 #include "support/residuals.h"
 #include "support/rms_error.h"
+#include "support/said.h"
 #include "support/state_tensors.h"
 
 namespace ounce::optim {
@@ -346,6 +347,23 @@ TEST(DctAdamWRefuses, ByName) {
                      "'0' [6, 10]: expected a power of two for a hadamard basis, got 6");
   EXPECT_OUNCE_ERROR(make([](auto& o) { o.residual_scale = -1; }), kUsage, "residual_scale");
   EXPECT_OUNCE_ERROR(make([](auto&) {}, at::kHalf), kUsage, "dct_adamw");
+}
+
+// Who asks for a rank that no matrix has room for hears of it; who asks for AdamW does not.
+TEST(DctAdamWWarns, WhereNothingIsProjected) {
+  const auto said_by = [](const DctAdamWOptions& o, std::vector<int64_t> sizes) {
+    ounce::test::Said said;
+    const c10::WarningUtils::WarningHandlerGuard guard(&said);
+    DctAdamW(std::vector<Tensor>{torch::randn(sizes).requires_grad_()}, o);
+    return said.all;
+  };
+  DctAdamWOptions o;
+  ASSERT_EQ(said_by(o, {64, 511}).size(), 1);
+  EXPECT_NE(said_by(o, {64, 511})[0].find("a smaller side of at least 512"), std::string::npos);
+  EXPECT_TRUE(said_by(o, {512, 512}).empty());
+  EXPECT_TRUE(said_by(o, {64}).empty());
+  o.project = false;
+  EXPECT_TRUE(said_by(o, {64, 511}).empty());
 }
 
 TEST(DctAdamWRegistry, MakesItFromItsKeys) {

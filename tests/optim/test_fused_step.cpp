@@ -8,6 +8,7 @@
 
 #include "optim/fused_step_case.h"
 #include "support/expect_error.h"
+#include "support/said.h"
 
 namespace ounce::optim {
 
@@ -234,17 +235,12 @@ TEST_P(FusedStep, RefusesByNameWhatItDoesNotTake) {
   refuses(o, matrix(80, 72), "int8 residuals of rows of 72");
 }
 
-struct Said : c10::WarningHandler {
-  void process(const c10::Warning& warning) override { all.push_back(warning.msg()); }
-  std::vector<std::string> all;
-};
-
 // Whoever has the GPU and does not ask for the composed step is told that it is what runs.
 TEST_P(FusedStep, SaysWhatAutoComposes) {
   const auto p = torch::randn({64, 64}, torch::device(device())).requires_grad_();
   DctAdamWOptions o;
   o.rank = 24;
-  Said said;
+  ounce::test::Said said;
   {
     const c10::WarningUtils::WarningHandlerGuard guard(&said);
     for (int i = 0; i < 2; ++i) DctAdamW(std::vector<Tensor>{p}, o);
