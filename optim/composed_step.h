@@ -105,15 +105,25 @@ void read_projection_options(const Options& options, O& to) {
   read_rounding_options(options, to);
 }
 
-// By those keys. Nothing: it takes AdamW.
+// By those keys.
+template <class O>
+bool asks_for_projection(const at::Tensor& parameter, const O& o) {
+  return o.project && parameter.dim() > 1 && parameter.numel() > 0;
+}
+// That a matrix with this smaller side needs.
+template <class O>
+int64_t least_side(int64_t smaller, const O& o) {
+  return o.min_dim > 0 ? o.min_dim : 2 * rank_of(smaller, o.rank, o.rank_fraction);
+}
+// Nothing: it takes AdamW.
 template <class O>
 std::optional<Projection> projection_of(const char* optimizer, const std::string& name,
                                         const at::Tensor& parameter, const O& o) {
-  if (!o.project || parameter.dim() < 2 || parameter.numel() == 0) return {};
+  if (!asks_for_projection(parameter, o)) return {};
   const auto rows = parameter.size(0), columns = parameter.numel() / rows;
   const auto [small, large] = std::minmax(rows, columns);
+  if (small < least_side(small, o) || large > o.max_dim) return {};
   const auto rank = rank_of(small, o.rank, o.rank_fraction);
-  if (small < (o.min_dim > 0 ? o.min_dim : 2 * rank) || large > o.max_dim) return {};
   const bool transposed = o.side == Side::kAuto ? rows < columns : o.side == Side::kLeft;
   const auto n = transposed ? rows : columns;
   OUNCE_CHECK(rank <= n, "[", optimizer, "] '", name, "' ", parameter.sizes(),
@@ -122,22 +132,24 @@ std::optional<Projection> projection_of(const char* optimizer, const std::string
   return Projection{n, rows + columns - n, rank, transposed};
 }
 
-// At the end of construction, `projected` being how many are: who asks for a low rank should not
-// get AdamW of everything unawares.
+// At the end of a construction that projected nothing: who asks for a low rank should not get AdamW
+// of everything unawares. settings: as groups.
 template <class O>
-void warn_of_no_projection(const char* optimizer, const NamedParameters& parameters,
-                           const std::vector<O>& settings, size_t projected) {
-  const auto is_matrix = [](const auto& p) { return p.second.dim() > 1 && p.second.numel() > 0; };
-  const auto asks =
-      std::find_if(settings.begin(), settings.end(), [](const O& o) { return o.project; });
-  if (projected > 0 || asks == settings.end() ||
-      std::none_of(parameters.begin(), parameters.end(), is_matrix)) {
-    return;
+void warn_of_no_projection(const char* optimizer,
+                           const std::vector<torch::optim::OptimizerParamGroup>& groups,
+                           const std::vector<O>& settings) {
+  for (size_t g = 0; g < groups.size(); ++g) {
+    for (const auto& parameter : groups[g].params()) {
+      if (!asks_for_projection(parameter, settings[g])) continue;
+      const auto rows = parameter.size(0);
+      const auto small = std::min(rows, parameter.numel() / rows);
+      TORCH_WARN("[", optimizer, "] no matrix is projected, all take AdamW: of ", parameter.sizes(),
+                 " expected a smaller side of at least ", least_side(small, settings[g]),
+                 " and a larger one of at most ", settings[g].max_dim,
+                 "; choose a smaller rank or min_dim");
+      return;
+    }
   }
-  TORCH_WARN("[", optimizer,
-             "] no matrix is projected, all take AdamW: expected a smaller side of at least ",
-             asks->min_dim > 0 ? asks->min_dim : 2 * asks->rank, " and a larger one of at most ",
-             asks->max_dim, "; choose a smaller rank or min_dim");
 }
 
 // Of a parameter or of its projection.
@@ -276,11 +288,11 @@ FusedSettings fused_settings(const StepControl& control, const NamedOptimizer::G
 
 // Whether AdamW's step of a parameter is fused. Optimizers ask at construction as well: it is there
 // that "fused" is refused, if it has to be, and "auto" warns.
-template <class Slot, class O>
-bool takes_fused_adamw(const char* optimizer, const std::string& name, const at::Tensor& parameter,
-                       const Slot& slot, const O& o) {
-  return takes_fused(optimizer, o.implementation, parameter,
-                     FusedSteps::why_not(fused_tensor(parameter, slot, o, 0)), name);
+template <class O>
+bool takes_fused_adamw(const char* optimizer, const std::string& name, const FusedTensor& tensor,
+                       const O& o) {
+  return takes_fused(optimizer, o.implementation, tensor.parameter, FusedSteps::why_not(tensor),
+                     name);
 }
 
 // A group's parameters that take a fused AdamW step, a launch for each kind.
@@ -290,8 +302,8 @@ class FusedAdamWSteps {
   template <class Slot, class O>
   bool take(const char* optimizer, const std::string& name, const at::Tensor& parameter,
             const Slot& slot, const O& o, size_t index) {
-    if (!takes_fused_adamw(optimizer, name, parameter, slot, o)) return false;
     auto tensor = fused_tensor(parameter, slot, o, index);
+    if (!takes_fused_adamw(optimizer, name, tensor, o)) return false;
     kinds_[kind_of(tensor)].push_back(std::move(tensor));
     return true;
   }

@@ -170,7 +170,6 @@ struct DctAdamW::Step : ComposedStep {
 DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
     : NamedOptimizer(std::move(parameters), to_options(options), options.groups) {
   slots_.resize(this->parameters().size());
-  size_t projected = 0;
   for (const auto& group : param_groups()) {
     settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
     const auto& o = settings_.back();
@@ -184,11 +183,7 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
       const auto projection = projection_of("dct_adamw", name_of(parameter), parameter, o);
       make_moments(slot, moment_sizes(parameter, projection), fresh);
       shapes[projection ? parameter.sizes().vec() : std::vector<int64_t>()].push_back(index);
-      if (!projection) {
-        fuses(index, tensor_of(index));
-        continue;
-      }
-      ++projected;
+      if (!projection) continue;
       check_basis("dct_adamw", name_of(parameter), parameter, o.basis, projection->n);
       slot.transposed = projection->transposed;
       slot.indices = at::arange(projection->rank, fresh.dtype(at::kInt));
@@ -205,14 +200,15 @@ DctAdamW::DctAdamW(NamedParameters parameters, const DctAdamWOptions& options)
         }
       }
       if (o.residual == Residual::kFira) slot.residual_norm = at::zeros({}, exact);
-      fuses(index, tensor_of(index));
     }
     auto& lists = lists_.emplace_back();
     for (auto& [sizes, list] : shapes) lists.push_back(std::move(list));
     std::stable_sort(lists.begin(), lists.end(),
                      [](const auto& a, const auto& b) { return a.size() < b.size(); });
   }
-  warn_of_no_projection("dct_adamw", this->parameters(), settings_, projected);
+  for (size_t i = 0; i < slots_.size(); ++i) fuses(i, tensor_of(i));
+  if (std::none_of(slots_.begin(), slots_.end(), [](const Slot& s) { return s.indices.defined(); }))
+    warn_of_no_projection("dct_adamw", param_groups(), settings_);
 }
 
 struct DctAdamW::Batch {
@@ -264,9 +260,6 @@ std::map<DctAdamW::Alike, DctAdamW::Batch> DctAdamW::fused_of(const std::vector<
 
 void DctAdamW::update(const StepControl& control) {
   const at::NoGradGuard no_grad;
-  for (size_t g = lists_.size(); g < param_groups().size(); ++g) {
-    for (const auto& parameter : param_groups()[g].params()) index_of(parameter);  // refuses it
-  }
   for (size_t g = 0; g < lists_.size(); ++g) {
     const auto& o = settings_[g];
     const auto& group = static_cast<const GroupOptions&>(param_groups()[g].options());

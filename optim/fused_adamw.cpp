@@ -83,7 +83,8 @@ FusedAdamW::FusedAdamW(NamedParameters parameters, const AdamWOptions& options)
                   name_of(parameter),
                   "': expected neither amsgrad nor maximize with bf16 parameters or moments");
       if (is_rounded(parameter, slot.exp_avg)) {
-        takes_fused_adamw("adamw", name_of(parameter), parameter, slot, o);
+        takes_fused_adamw("adamw", name_of(parameter),
+                          fused_tensor(parameter, slot, o, index_of(parameter)), o);
       }
     }
   }

@@ -57,8 +57,7 @@ Tensor low_rank_batch(Impl& impl, std::span<const FusedTensor> tensors, const Fu
   const auto& first = tensors[0].parameter;
   const auto shape = shape_of(first, how.transposed, tensors[0].indices.size(0), tensors.size());
   const bool feeds_back = tensors[0].residual.defined();
-  std::vector<Tensor> parameters, gradients, steps, indices;
-  std::vector<uint64_t> seeds, residual_seeds;
+  const auto gradients = fields_of(tensors, &FusedTensor::gradient);
   // What is projected; it counts that times `scale`.
   Impl::Sums x;
   const auto scale = feeds_back ? Tensor() : s.grad_scale;
@@ -72,20 +71,13 @@ Tensor low_rank_batch(Impl& impl, std::span<const FusedTensor> tensors, const Fu
     }
     x = impl.add(shape, fed_back, residuals.scales, how.basis, how.norm, how.chooses,
                  kResidualSumSeed, s);
-  } else {
-    for (const auto& t : tensors) gradients.push_back(t.gradient);
-    if (how.chooses) x.batch = impl.batch_of(shape, first, gradients);
+  } else if (how.chooses) {
+    x.batch = impl.batch_of(shape, first, gradients);
   }
   // As early as it can be: the host catches up while it runs.
   Choice choice;
   if (how.chooses) choice = impl.rank(shape, x.batch, first.device(), how.basis, how.norm);
-  for (const auto& t : tensors) {
-    parameters.push_back(t.parameter);
-    steps.push_back(t.step);
-    indices.push_back(t.indices);
-    seeds.push_back(t.seed);
-    residual_seeds.push_back(t.seed + kResidualSeed);
-  }
+  const auto indices = fields_of(tensors, &FusedTensor::indices);
   Tensor measured;
   if (how.chooses) {
     impl.select(shape, choice, indices, how.rotate || how.measures, s.skip);
@@ -103,10 +95,13 @@ Tensor low_rank_batch(Impl& impl, std::span<const FusedTensor> tensors, const Fu
   const auto a =
       impl.project(shape, first, x.all, choice, s.skip, narrow ? residuals : Impl::Narrow());
   const auto u = feeds_back && !narrow ? at::empty_like(a) : a;
+  const auto parameters = fields_of(tensors, &FusedTensor::parameter);
+  const auto steps = fields_of(tensors, &FusedTensor::step);
+  const auto seeds = fields_of(tensors, &FusedTensor::seed);
   adam_batch(impl, shape, tensors, a, u, scale, how, s, choice);
   if (feeds_back && !narrow) {
-    impl.backproject(shape, residuals.bytes, a, choice.q, steps, residual_seeds,
-                     {.keep = 1, .skip = s.skip, .rounding = Rounding::kStochastic});
+    impl.backproject(shape, residuals.bytes, a, choice.q, steps, seeds,
+                     {.keep = 1, .skip = s.skip, .rounding = Rounding::kStochastic}, kResidualSeed);
   }
   impl.backproject(shape, parameters, u, choice.q, steps, seeds, Impl::step_of(s, 1));
   return measured;

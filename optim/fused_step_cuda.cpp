@@ -93,9 +93,7 @@ void FusedSteps::adamw(const std::vector<FusedTensor>& tensors, const FusedSetti
                     .eps = s.eps,
                     .weight_decay = s.weight_decay},
                    c10::cuda::getCurrentCUDAStream()));
-  std::vector<Tensor> steps;
-  for (const auto& t : tensors) steps.push_back(t.step);
-  impl_->count(steps, s.skip);
+  impl_->count(fields_of(std::span(tensors), &FusedTensor::step), s.skip);
 }
 
 namespace {
@@ -129,11 +127,10 @@ FusedSteps::Impl::Sums FusedSteps::Impl::add(const LowRankShape& shape,
   const auto& first = matrices[0].momentum;
   const auto type = first.scalar_type();
   Sums sums;
-  std::vector<Tensor> gradients;
-  for (const auto& m : matrices) gradients.push_back(m.gradient);
+  const auto gradients = fields_of(matrices, &FusedMomentum::gradient);
   Tensor scratch;
   if (type == at::kBFloat16) {
-    for (const auto& m : matrices) sums.all.push_back(m.momentum);
+    sums.all = fields_of(matrices, &FusedMomentum::momentum);
   } else if (type == at::kChar && s.consume_gradients) {
     sums.all = gradients;
   } else {
@@ -252,7 +249,8 @@ void FusedSteps::Impl::gather(const LowRankShape& shape, Basis basis, Choice& ch
 void FusedSteps::Impl::backproject(const LowRankShape& shape, const std::vector<Tensor>& parameters,
                                    const Tensor& u, const Tensor& q,
                                    const std::vector<Tensor>& steps,
-                                   const std::vector<uint64_t>& seeds, const Update& update) {
+                                   const std::vector<uint64_t>& seeds, const Update& update,
+                                   uint64_t stream) {
   const auto& first = parameters[0];
   const auto element = element_of(first);
   auto pointers = pointers_of(parameters);
@@ -266,7 +264,7 @@ void FusedSteps::Impl::backproject(const LowRankShape& shape, const std::vector<
                                .u = row(u, i),
                                .q = row(q, i),
                                .step = floats(steps[i]),
-                               .seed = seeds[i]},
+                               .seed = seeds[i] + stream},
                               &entries[i]));
         }
         return entries;

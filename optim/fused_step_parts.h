@@ -41,6 +41,13 @@ inline RankBasis rank_basis(Basis basis) {
   return basis == Basis::kIdentity ? RankBasis::kIdentity : RankBasis::kDct2;
 }
 
+// One field of each, as fields_of(tensors, &FusedTensor::step).
+template <class T, class Field>
+std::vector<Field> fields_of(std::span<const T> all, Field T::*field) {
+  std::vector<Field> fields;
+  for (const auto& one : all) fields.push_back(one.*field);
+  return fields;
+}
 inline std::vector<const void*> pointers_of(const std::vector<Tensor>& tensors) {
   std::vector<const void*> all;
   for (const auto& t : tensors) all.push_back(t.const_data_ptr());
@@ -250,10 +257,10 @@ struct FusedSteps::Impl {
   // `rest` is asked for; `key` as above. Where *skip is not 0 it is anything.
   Tensor project(const LowRankShape& shape, const Tensor& key, const std::vector<Tensor>& matrices,
                  const Choice& choice, const Tensor& skip = {}, const Narrow& rest = {});
-  // seeds, steps: of each.
+  // seeds, steps: of each; to the seeds comes `stream`.
   void backproject(const LowRankShape& shape, const std::vector<Tensor>& parameters,
                    const Tensor& u, const Tensor& q, const std::vector<Tensor>& steps,
-                   const std::vector<uint64_t>& seeds, const Update& update);
+                   const std::vector<uint64_t>& seeds, const Update& update, uint64_t stream = 0);
   void count(const std::vector<Tensor>& steps, const Tensor& skip);
 };
 

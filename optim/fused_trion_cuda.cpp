@@ -134,25 +134,21 @@ Tensor low_rank_step(Impl& impl, std::span<const FusedMomentum> matrices, const 
                      const FusedSettings& s) {
   const auto& first = matrices[0].parameter;
   const auto shape = shape_of(first, how.transposed, how.rank, matrices.size());
-  std::vector<Tensor> parameters, momenta, steps;
-  std::vector<uint64_t> seeds, momentum_seeds;
-  for (const auto& m : matrices) {
-    parameters.push_back(m.parameter);
-    momenta.push_back(m.momentum);
-    steps.push_back(m.step);
-    seeds.push_back(m.seed);
-    momentum_seeds.push_back(m.seed + kExpAvgSeed);
-  }
+  const auto parameters = fields_of(matrices, &FusedMomentum::parameter);
+  const auto momenta = fields_of(matrices, &FusedMomentum::momentum);
+  const auto steps = fields_of(matrices, &FusedMomentum::step);
+  const auto seeds = fields_of(matrices, &FusedMomentum::seed);
   // The momentum is rounded twice, by different bits.
   const auto sums = impl.add(shape, matrices, {}, how.basis, how.norm, true, kExpAvgSqSeed, s);
   auto choice = impl.rank(shape, sums.batch, first.device(), how.basis, how.norm);
   impl.select(shape, choice, {}, false, {});
   impl.gather(shape, how.basis, choice);
   auto b = impl.project(shape, first, sums.all, choice);
-  impl.backproject(shape, momenta, b, choice.q, steps, momentum_seeds,
+  impl.backproject(shape, momenta, b, choice.q, steps, seeds,
                    {.factor = static_cast<float>(1 - how.momentum),
                     .skip = s.skip,
-                    .rounding = Rounding::kStochastic});
+                    .rounding = Rounding::kStochastic},
+                   kExpAvgSeed);
   const auto u = newton_schulz(std::move(b), how.ns_steps, how.iteration);
   impl.backproject(shape, parameters, u, choice.q, steps, seeds, Impl::step_of(s, how.factor));
   return how.measures ? choice.measured() : Tensor();

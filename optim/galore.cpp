@@ -74,7 +74,6 @@ Tensor leading_vectors(const Tensor& g, int64_t rank, Subspace subspace, int64_t
 GaLore::GaLore(NamedParameters parameters, const GaLoreOptions& options)
     : NamedOptimizer(std::move(parameters), to_options(options), options.groups) {
   slots_.resize(this->parameters().size());
-  size_t projected = 0;
   for (const auto& group : param_groups()) {
     settings_.push_back(from_options(static_cast<const GroupOptions&>(group.options()).values));
     for (const auto& parameter : group.params()) {
@@ -85,16 +84,18 @@ GaLore::GaLore(NamedParameters parameters, const GaLoreOptions& options)
           projection_of("galore", name_of(parameter), parameter, settings_.back());
       make_moments(slot, moment_sizes(parameter, projection), fresh);
       if (!projection) {
-        takes_fused_adamw("galore", name_of(parameter), parameter, slot, settings_.back());
+        takes_fused_adamw("galore", name_of(parameter),
+                          fused_tensor(parameter, slot, settings_.back(), index_of(parameter)),
+                          settings_.back());
         continue;
       }
-      ++projected;
       slot.transposed = projection->transposed;
       slot.basis = at::eye(projection->n, projection->rank,
                            fresh.dtype(step_type("galore", name_of(parameter), parameter)));
     }
   }
-  warn_of_no_projection("galore", this->parameters(), settings_, projected);
+  if (std::none_of(slots_.begin(), slots_.end(), [](const Slot& s) { return s.basis.defined(); }))
+    warn_of_no_projection("galore", param_groups(), settings_);
 }
 
 void GaLore::update(const StepControl& control) {

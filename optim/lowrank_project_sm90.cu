@@ -318,8 +318,8 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kThreads, 1)
 
 template <int rank, bool right, bool rest>
 cudaError_t launch(const Arguments& a, cudaStream_t stream) {
-  return launch_clusters(project_tiles<rank, right, rest>, a, Memory < rank,
-                         rest && !right > ::kBytes, stream);
+  using M = Memory<rank, rest && !right>;
+  return launch_clusters(project_tiles<rank, right, rest>, a, M::kBytes, stream);
 }
 template <int rank>
 cudaError_t launch(const Project& p, const Arguments& a, cudaStream_t stream) {

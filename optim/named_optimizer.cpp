@@ -258,6 +258,7 @@ NamedOptimizer::NamedOptimizer(NamedParameters parameters, const Options& option
     add_param_group({std::move(members),
                      std::make_unique<GroupOptions>(resolve_group(options, rule, !key.second))});
   }
+  made_groups_ = param_groups_.size();
 }
 
 at::Tensor NamedOptimizer::step(LossClosure closure) {
@@ -271,6 +272,10 @@ at::Tensor NamedOptimizer::step(LossClosure closure) {
 }
 
 void NamedOptimizer::step(const StepControl& control) {
+  // Their slots and settings were never made.
+  for (size_t g = made_groups_; g < param_groups_.size(); ++g) {
+    for (const auto& parameter : param_groups_[g].params()) index_of(parameter);
+  }
   auto checked = control;
   checked.skip = checked_skip(control);
   if (hook_) hook_({});

@@ -123,6 +123,7 @@ class NamedOptimizer : public torch::optim::Optimizer, public Stateful {
   at::Tensor checked_skip(const StepControl& control) const;
 
   NamedParameters parameters_;
+  size_t made_groups_ = 0;  // at construction; step() refuses what is in later ones
   UpdateHook hook_;
   std::unordered_map<const void*, size_t> index_;
 };

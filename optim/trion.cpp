@@ -86,7 +86,7 @@ Trion::Trion(const char* name, NamedParameters parameters, const Options& option
           state_type(name, full_name, parameter, o.state_dtype));
       if (takes_adamw(full_name, parameter, o)) {
         make_moments(slot, parameter.sizes(), fresh);
-        takes_fused_adamw(name, full_name, parameter, slot, o);
+        takes_fused_adamw(name, full_name, fused_tensor(parameter, slot, o, index), o);
         continue;
       }
       slot.step = at::zeros({}, fresh.dtype(at::kFloat));
